@@ -1,0 +1,35 @@
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: run test check proto proto-check bench setup clean
+.DEFAULT_GOAL := run
+
+setup: $(VENV)/.installed
+
+# Reinstalled only when the dependencies change; the package itself is linked, not copied.
+$(VENV)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	touch $@
+
+run: setup
+	$(BIN)/disagg serve
+
+test: setup
+	$(BIN)/pytest
+
+check: setup proto-check
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/pytest tests/unit/test_layers.py
+
+proto: setup
+	$(BIN)/python proto/generate.py
+
+proto-check: setup
+	$(BIN)/python proto/generate.py --check
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info

@@ -1,0 +1,1 @@
+"""disagg: LLM serving with prefill and decode in separate pools of Ray actors."""

@@ -1,0 +1,182 @@
+"""Nested, frozen configuration. Every command-line flag has its key here; unknown keys are refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from disagg.errors import ConfigError
+from disagg.types import Role
+
+BUNDLED_MODEL = Path(__file__).parent / "assets" / "tiny"
+
+KVTransport = Literal["auto", "shm", "grpc", "nccl", "nixl"]
+DType = Literal["auto", "float32", "bfloat16", "float16"]
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class ModelConfig(_Frozen):
+    """Which checkpoint is served and how. path: a folder with safetensors; None is the bundled model."""
+
+    path: str | None = None
+    served_model_name: str | None = None
+    dtype: DType = "auto"
+    max_model_len: int | None = Field(None, ge=1)
+    quantization: str | None = None
+
+    @property
+    def folder(self) -> Path:
+        return BUNDLED_MODEL if self.path is None else Path(self.path)
+
+    @property
+    def name(self) -> str:
+        """Name under which clients know the model."""
+        if self.served_model_name:
+            return self.served_model_name
+        return "disagg-tiny" if self.path is None else Path(self.path).name
+
+
+class EngineConfig(_Frozen):
+    """Limits of one engine.
+
+    max_num_batched_tokens: token budget of one step, over which prompts are chunked. kv_cache_memory: bytes
+    if an int of at least 2, a fraction of the machine's (or GPU's) memory if a float up to 1. num_kv_blocks:
+    overrides it; tests use it to force preemption.
+    """
+
+    block_size: int = Field(16, ge=1, le=1024)
+    max_num_seqs: int = Field(64, ge=1)
+    max_num_batched_tokens: int = Field(512, ge=1)
+    kv_cache_memory: int | float = 256 * 1024 * 1024
+    num_kv_blocks: int | None = Field(None, ge=2)
+    enable_prefix_caching: bool = True
+    max_waiting: int = Field(4096, ge=1)
+
+    @field_validator("kv_cache_memory")
+    @classmethod
+    def _positive(cls, value: int | float) -> int | float:
+        if value <= 0 or (isinstance(value, float) and value > 1 and not value.is_integer()):
+            raise ValueError("give bytes (a whole number) or a fraction in (0, 1]")
+        return int(value) if value > 1 else float(value)
+
+
+class PoolConfig(_Frozen):
+    """One pool of workers. threads: torch threads of each; None shares the machine's cores evenly."""
+
+    replicas: int = Field(1, ge=0, le=10_000)
+    tensor_parallel_size: int = Field(1, ge=1)
+    threads: int | None = Field(None, ge=1)
+    max_num_batched_tokens: int | None = Field(None, ge=1)
+    num_cpus: float = Field(0.0, ge=0)
+    num_gpus: float = Field(0.0, ge=0)
+
+
+class TransferConfig(_Frozen):
+    """Hand-off. lease_s: how long published KV outlives the last sign of life of whoever is to pull it."""
+
+    kv_transport: KVTransport = "auto"
+    lease_s: float = Field(5.0, gt=0)
+    pull_timeout_s: float = Field(10.0, gt=0)
+    chunk_bytes: int = Field(2 * 1024 * 1024, ge=4096)
+
+
+class RouterConfig(_Frozen):
+    """Placement. heartbeat_s: period of worker reports; a worker silent for dead_after_s is forgotten."""
+
+    policy: Literal["prefix_aware", "least_loaded", "round_robin"] = "prefix_aware"
+    heartbeat_s: float = Field(0.5, gt=0)
+    dead_after_s: float = Field(3.0, gt=0)
+    max_resumes: int = Field(8, ge=0)
+
+
+class FrontendConfig(_Frozen):
+    """Where clients connect. request_timeout_s: deadline of a request that names none."""
+
+    host: str = "127.0.0.1"
+    port: int = Field(8000, ge=0, le=65535)
+    grpc_port: int = Field(9000, ge=0, le=65535)
+    api_key: str | None = Field(None, repr=False)
+    max_body_bytes: int = Field(8 * 1024 * 1024, ge=1024)
+    request_timeout_s: float = Field(600.0, gt=0)
+    replicas: int = Field(1, ge=1)
+
+    @field_validator("api_key")
+    @classmethod
+    def _not_empty(cls, value: str | None) -> str | None:
+        if value is not None and not value.strip():
+            # An empty key would look like protection and admit everyone.
+            raise ValueError("an API key must not be empty")
+        return value
+
+
+class ClusterConfig(_Frozen):
+    """All of it, as `--config FILE.yaml` takes it."""
+
+    model: ModelConfig = ModelConfig()
+    engine: EngineConfig = EngineConfig()
+    prefill: PoolConfig = PoolConfig()
+    decode: PoolConfig = PoolConfig()
+    mixed: PoolConfig = PoolConfig(replicas=0)
+    transfer: TransferConfig = TransferConfig()
+    router: RouterConfig = RouterConfig()
+    frontend: FrontendConfig = FrontendConfig()
+
+    def pool(self, role: Role) -> PoolConfig:
+        return {Role.PREFILL: self.prefill, Role.DECODE: self.decode, Role.MIXED: self.mixed}[role]
+
+    def engine_for(self, role: Role) -> EngineConfig:
+        """Return the engine's limits in one pool: the common ones with the pool's own over them."""
+        budget = self.pool(role).max_num_batched_tokens
+        if budget is None:
+            return self.engine
+        return self.engine.model_copy(update={"max_num_batched_tokens": budget})
+
+
+def parse_config(data: dict[str, Any]) -> ClusterConfig:
+    """Validate a mapping as it came from YAML, Serve or flags. Raises ConfigError naming each bad key."""
+    try:
+        return ClusterConfig.model_validate(data)
+    except ValidationError as error:
+        problems = "; ".join(
+            f"{'.'.join(str(part) for part in item['loc'])}: {item['msg']}" for item in error.errors()
+        )
+        first = error.errors()[0]["loc"]
+        raise ConfigError(problems, param=".".join(str(part) for part in first)) from None
+
+
+def expand_dotted(data: dict[str, Any]) -> dict[str, Any]:
+    """Return nested mappings for keys such as "prefill.replicas", which `serve run` and flags give.
+
+    Raises ConfigError where one key is both a value and a mapping.
+    """
+    nested: dict[str, Any] = {}
+    for key, value in data.items():
+        *folders, leaf = key.split(".")
+        target = nested
+        for folder in folders:
+            target = target.setdefault(folder, {})
+            if not isinstance(target, dict):
+                raise ConfigError(f"{key}: {folder} is given as a value too", param=key)
+        if isinstance(value, dict):
+            value = expand_dotted(value)
+            if isinstance(target.get(leaf), dict):
+                value = {**target[leaf], **value}
+        target[leaf] = value
+    return nested
+
+
+def load_config(path: Path) -> dict[str, Any]:
+    """Read a YAML file into a mapping. Raises ConfigError where it can't be read or is no mapping."""
+    try:
+        data = yaml.safe_load(path.read_text()) or {}
+    except (OSError, yaml.YAMLError) as error:
+        raise ConfigError(f"can't read {path}: {error}", param="config") from None
+    if not isinstance(data, dict):
+        raise ConfigError(f"{path} must hold a mapping", param="config")
+    return data

@@ -1,0 +1,1 @@
+"""The engine: pure Python, no torch, no clock. One engine, no roles."""

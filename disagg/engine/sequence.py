@@ -1,0 +1,99 @@
+"""Sequence: one request inside an engine, and the states it goes through.
+
+    add ──► WAITING ──schedule──► RUNNING ──finish──► FINISHED
+               ▲  │                 │  │
+               │  └─remote KV─► RECEIVING ──activate──► RUNNING
+               └────preempt─────────┘  └──first token, hold──► HELD ──release──► FINISHED
+
+RECEIVING: blocks are reserved and a peer's KV is being copied into them. HELD: the first token is out, the
+blocks stay until whoever pulls them is done or the lease ends.
+"""
+
+from __future__ import annotations
+
+from enum import Enum, auto
+
+from disagg.hashing import BlockHash
+from disagg.types import FinishReason, Request, SamplingParams
+
+
+class SequenceStatus(Enum):
+    WAITING = auto()
+    RECEIVING = auto()
+    RUNNING = auto()
+    HELD = auto()
+    FINISHED = auto()
+
+
+class Sequence:
+    """A request's tokens, and how many of them have their KV in this engine's blocks.
+
+    token_ids: prompt and output so far. num_computed_tokens: tokens whose KV is written; the next step
+    starts there. block_table: ids of the blocks that hold token 0, block_size, ... block_hashes: hashes of
+    its full blocks as far as they are known. hold: keep the blocks after the first token. remote_kv: tokens
+    whose KV a peer will deliver before the first step, 0 for none.
+    """
+
+    __slots__ = (
+        "added_at",
+        "block_hashes",
+        "block_table",
+        "finish_reason",
+        "first_scheduled_at",
+        "hold",
+        "num_cached_tokens",
+        "num_computed_tokens",
+        "num_prior_tokens",
+        "remote_kv",
+        "request",
+        "runner_state",
+        "status",
+        "token_ids",
+    )
+
+    def __init__(self, request: Request, *, now: float, hold: bool = False, remote_kv: int = 0) -> None:
+        self.request = request
+        self.token_ids: list[int] = list(request.token_ids)
+        self.num_prior_tokens = len(self.token_ids)
+        self.num_computed_tokens = 0
+        self.num_cached_tokens = 0
+        self.block_table: list[int] = []
+        self.block_hashes: list[BlockHash] = []
+        self.status = SequenceStatus.WAITING
+        self.finish_reason: FinishReason | None = None
+        self.hold = hold
+        self.remote_kv = remote_kv
+        self.added_at = now
+        self.first_scheduled_at: float | None = None
+        # A runner may keep what it derived from the sequence (penalty counts, a slot in a GPU table) here.
+        self.runner_state: object | None = None
+
+    @property
+    def request_id(self) -> str:
+        return self.request.request_id
+
+    @property
+    def params(self) -> SamplingParams:
+        return self.request.params
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.token_ids)
+
+    @property
+    def num_uncomputed_tokens(self) -> int:
+        return len(self.token_ids) - self.num_computed_tokens
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        """Length of the client's prompt; everything after it counts as output."""
+        return self.request.num_prompt_tokens
+
+    @property
+    def num_output_tokens(self) -> int:
+        return len(self.token_ids) - self.request.num_prompt_tokens
+
+    @property
+    def num_new_tokens(self) -> int:
+        """Tokens that this engine produced, not counting those the request arrived with."""
+        return len(self.token_ids) - self.num_prior_tokens

@@ -1,0 +1,1 @@
+"""Generated from proto/disagg/v1 by `make proto`."""
