@@ -1,0 +1,203 @@
+"""The `bench` commands. Mount with `app.add_typer(bench_app, name="bench")`."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from disagg.bench import serve as bench
+from disagg.bench.client import Endpoint
+from disagg.bench.failures import BenchError, WarmUpError
+from disagg.bench.prompts import EndpointKind
+from disagg.bench.report import Report, render, to_json
+from disagg.workload import TraceFormat
+
+EXIT_FAILED_REQUESTS = 1
+EXIT_USAGE = 2
+EXIT_INTERRUPTED = 130
+
+bench_app = typer.Typer(help="Measure an OpenAI-compatible endpoint.", no_args_is_help=True)
+
+Load = "Load"
+Trace = "Load from a trace"
+Server = "Endpoint"
+Output = "Report"
+
+
+@bench_app.callback()
+def _group() -> None:
+    """Measure an OpenAI-compatible endpoint."""
+
+
+@bench_app.command()
+def serve(
+    url: Annotated[str, typer.Option(rich_help_panel=Server)] = "http://127.0.0.1:8000",
+    endpoint: Annotated[
+        EndpointKind, typer.Option(help="What to call; chat prompts are words.", rich_help_panel=Server)
+    ] = EndpointKind.COMPLETIONS,
+    model: Annotated[
+        str | None, typer.Option(help="Default: the one that is served.", rich_help_panel=Server)
+    ] = None,
+    api_key: Annotated[
+        str | None, typer.Option(envvar=["DISAGG_API_KEY", "OPENAI_API_KEY"], rich_help_panel=Server)
+    ] = None,
+    timeout: Annotated[float, typer.Option(help="Seconds for one request.", rich_help_panel=Server)] = 300.0,
+    vocab_size: Annotated[
+        int | None,
+        typer.Option(
+            help="Draw prompt tokens from [0, N). Default: from tokens that /tokenize names.",
+            rich_help_panel=Server,
+        ),
+    ] = None,
+    continuous_usage: Annotated[
+        bool,
+        typer.Option(
+            help="Ask for token counts with each chunk, as vLLM can; OpenAI itself refuses it.",
+            rich_help_panel=Server,
+        ),
+    ] = True,
+    num_requests: Annotated[
+        int | None,
+        typer.Option(help="Default: 100, or all of the trace's.", rich_help_panel=Load),
+    ] = None,
+    request_rate: Annotated[
+        float | None,
+        typer.Option(help="Requests per second; inf (the default): no pauses.", rich_help_panel=Load),
+    ] = None,
+    burstiness: Annotated[
+        float | None,
+        typer.Option(
+            help="Shape of the gamma distributed gaps: 1 Poisson (the default), below 1 bursts, inf even.",
+            rich_help_panel=Load,
+        ),
+    ] = None,
+    concurrency: Annotated[
+        int | None,
+        typer.Option(
+            help="Most requests in flight; without a rate, a closed loop of so many users.",
+            rich_help_panel=Load,
+        ),
+    ] = None,
+    input_len: Annotated[
+        str | None,
+        typer.Option(
+            help="Prompt tokens without the shared prefix: N, LOW-HIGH or lognormal:MEAN,CV. Default 256.",
+            rich_help_panel=Load,
+        ),
+    ] = None,
+    output_len: Annotated[
+        str | None, typer.Option(help="Answer tokens, in the same ways. Default 64.", rich_help_panel=Load)
+    ] = None,
+    prefix_len: Annotated[
+        int | None,
+        typer.Option(help="Tokens of shared prefix before each prompt.", rich_help_panel=Load),
+    ] = None,
+    prefix_groups: Annotated[
+        int | None,
+        typer.Option(help="How many different shared prefixes. Default 1.", rich_help_panel=Load),
+    ] = None,
+    ignore_eos: Annotated[
+        bool,
+        typer.Option(help="Force the answer's length, and check it.", rich_help_panel=Load),
+    ] = True,
+    temperature: Annotated[float, typer.Option(rich_help_panel=Load)] = 0.0,
+    seed: Annotated[int, typer.Option(help="Of arrivals, lengths and contents.", rich_help_panel=Load)] = 0,
+    warmup: Annotated[
+        int, typer.Option(help="Requests sent first and not measured.", rich_help_panel=Load)
+    ] = 1,
+    trace: Annotated[Path | None, typer.Option(help="Replay this file.", rich_help_panel=Trace)] = None,
+    trace_format: Annotated[TraceFormat | None, typer.Option(rich_help_panel=Trace)] = None,
+    trace_start: Annotated[
+        float | None, typer.Option(help="Begin so many seconds into the trace.", rich_help_panel=Trace)
+    ] = None,
+    duration: Annotated[
+        float | None,
+        typer.Option(help="Replay so many seconds of the trace (trace time).", rich_help_panel=Trace),
+    ] = None,
+    rate_scale: Annotated[
+        float | None, typer.Option(help="Replay so many times as fast.", rich_help_panel=Trace)
+    ] = None,
+    max_input_len: Annotated[
+        int | None, typer.Option(help="Cut longer prompts to this.", rich_help_panel=Load)
+    ] = None,
+    max_output_len: Annotated[
+        int | None, typer.Option(help="Cut longer answers to this.", rich_help_panel=Load)
+    ] = None,
+    slo_ttft_ms: Annotated[
+        float | None, typer.Option(help="Objective for goodput.", rich_help_panel=Output)
+    ] = None,
+    slo_tpot_ms: Annotated[
+        float | None, typer.Option(help="Objective for goodput.", rich_help_panel=Output)
+    ] = None,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="Write the figures here.", rich_help_panel=Output)
+    ] = None,
+) -> None:
+    """Send load to an OpenAI-compatible endpoint, check every stream, report latencies and goodput.
+
+    Exits 1 if any request failed (warm-up included), 2 if the run could not be started, 130 on Ctrl-C,
+    which reports what was measured.
+    """
+    console = Console(stderr=True)
+    try:
+        options = bench.ServeOptions(
+            url=url,
+            endpoint=endpoint,
+            model=model,
+            api_key=api_key,
+            num_requests=num_requests,
+            request_rate=request_rate,
+            burstiness=burstiness,
+            concurrency=concurrency,
+            input_len=input_len,
+            output_len=output_len,
+            prefix_len=prefix_len,
+            prefix_groups=prefix_groups,
+            trace=trace,
+            trace_format=trace_format,
+            trace_start=trace_start,
+            duration=duration,
+            rate_scale=rate_scale,
+            max_input_len=max_input_len,
+            max_output_len=max_output_len,
+            vocab_size=vocab_size,
+            ignore_eos=ignore_eos,
+            continuous_usage=continuous_usage,
+            temperature=temperature,
+            seed=seed,
+            timeout=timeout,
+            warmup=warmup,
+            slo_ttft_ms=slo_ttft_ms,
+            slo_tpot_ms=slo_tpot_ms,
+        )
+        report = _run(options, json_file, console)
+    except BenchError as error:
+        console.print(f"error: {error}", style="red", markup=False, highlight=False)
+        failed = isinstance(error, WarmUpError)
+        raise typer.Exit(EXIT_FAILED_REQUESTS if failed else EXIT_USAGE) from error
+    Console().print(render(report))
+    raise typer.Exit(_exit_code(report))
+
+
+def _run(options: bench.ServeOptions, json_file: Path | None, console: Console) -> Report:
+    if json_file is not None and not json_file.parent.is_dir():
+        # Found out now rather than after an hour of load.
+        raise BenchError("--json", f"no folder {json_file.parent}")
+    address = Endpoint.parse(options.url, options.api_key)
+    workload = bench.build_workload(options)
+    builder = bench.prepare(options, workload, address)
+    console.print(bench.describe(options, builder), markup=False)
+    report = asyncio.run(bench.run(options, builder, address, console))
+    if json_file is not None:
+        bench.write_json(json_file, to_json(report))
+    return report
+
+
+def _exit_code(report: Report) -> int:
+    if report.interrupted:
+        return EXIT_INTERRUPTED
+    return EXIT_FAILED_REQUESTS if report.failed else 0
