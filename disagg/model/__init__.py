@@ -1,0 +1,1 @@
+"""Torch: model families, paged KV cache, attention, sampler, weights, and the runner that joins them."""

@@ -1,0 +1,180 @@
+"""ModelRunner: computes an engine's batches with a checkpoint's weights over a paged KV cache."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as SequenceOf
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from disagg.config import EngineConfig
+from disagg.engine.runner import Batch, ScheduledSequence
+from disagg.errors import ConfigError, InvalidRequestError
+from disagg.model.attention import Chunk, plan_step
+from disagg.model.config import DTYPES, ModelSpec, read_spec
+from disagg.model.kv_cache import Buffer, KVCache, layout, num_blocks_for
+from disagg.model.sampler import Sampler
+from disagg.model.transformer import StepInput, Transformer
+from disagg.model.weights import fingerprint
+from disagg.types import KVLayout, Request, SampledToken
+
+
+class ModelRunner:
+    """Implements disagg.engine.runner.Runner.
+
+    num_blocks, max_model_len: what the engine may use. eos_token_ids: ids that end a sequence unless told
+    otherwise. fingerprint: the checkpoint's identity, under which its KV blocks are hashed.
+    """
+
+    def __init__(self, model: Transformer, kv_cache: KVCache, max_model_len: int) -> None:
+        self.model = model
+        self.spec: ModelSpec = model.spec
+        self.kv_cache = kv_cache
+        self.layout: KVLayout = kv_cache.layout
+        self.num_blocks: int = kv_cache.num_blocks
+        self.max_model_len = max_model_len
+        self.eos_token_ids: tuple[int, ...] = model.spec.eos_token_ids
+        self.fingerprint: str = kv_cache.layout.model
+        self._device = kv_cache.blocks.device
+        self._sampler = Sampler(model.spec.vocab_size, self.eos_token_ids, device=self._device)
+
+    def check_request(self, request: Request) -> None:
+        """Raise InvalidRequestError naming the field whose token ids this model does not have.
+
+        Also where a request that draws at random comes without a seed: a retry would draw other noise.
+        """
+        vocab_size, params = self.spec.vocab_size, request.params
+        for name, ids in (
+            ("prompt", request.token_ids),
+            ("logit_bias", params.logit_bias),
+            ("stop_token_ids", params.stop_token_ids),
+        ):
+            if len(ids) and not (min(ids) >= 0 and max(ids) < vocab_size):
+                raise InvalidRequestError(f"{name} must hold token ids in [0, {vocab_size})", param=name)
+        if params.seed is None and not params.greedy:
+            raise InvalidRequestError("seed must be set by the front end", param="seed")
+
+    def execute(self, batch: Batch) -> list[SampledToken | None]:
+        """Compute the batch, write its KV, and draw a token for each item that samples."""
+        if not batch.items:
+            return []
+        with torch.inference_mode():
+            logits = self.model.forward(self._step_input(batch.items), self.kv_cache)
+            sampling = [item.seq for item in batch.items if item.samples]
+            drawn = iter(self._sampler.sample(logits, sampling) if sampling else ())
+        return [next(drawn) if item.samples else None for item in batch.items]
+
+    def _step_input(self, items: SequenceOf[ScheduledSequence]) -> StepInput:
+        size = self.layout.block_size
+        tokens: list[int] = []
+        chunks: list[Chunk] = []
+        positions, block_ids = [], []
+        for item in items:
+            start, end = item.seq.num_computed_tokens, item.seq.num_computed_tokens + item.num_tokens
+            table = np.array(item.seq.block_table, dtype=np.int64)
+            chunks.append(Chunk(len(tokens), item.num_tokens, start, table))
+            tokens.extend(item.seq.token_ids[start:end])
+            own = np.arange(start, end)
+            positions.append(own)
+            block_ids.append(table[own // size])
+        flat = np.concatenate(positions)
+        sample_rows = [
+            chunk.first_row + chunk.num_tokens - 1
+            for chunk, item in zip(chunks, items, strict=True)
+            if item.samples
+        ]
+        return StepInput(
+            token_ids=self._tensor(np.array(tokens, dtype=np.int64)),
+            positions=self._tensor(flat),
+            block_ids=self._tensor(np.concatenate(block_ids)),
+            offsets=self._tensor(flat % size),
+            plans=plan_step(chunks, self.spec.sliding_window, self.kv_cache),
+            sample_rows=self._tensor(np.array(sample_rows, dtype=np.int64)),
+        )
+
+    def _tensor(self, array: np.ndarray[tuple[int, ...], np.dtype[np.int64]]) -> Tensor:
+        return torch.from_numpy(array).to(self._device)
+
+
+def resolve_dtype(dtype: str, spec: ModelSpec, device: torch.device | str = "cpu") -> str:
+    """Return the dtype to compute in. auto: the checkpoint's, or float32 on a CPU that emulates it.
+
+    Measured on a CPU without AVX-512: bfloat16 layers take 2 to 8 times as long as float32 ones.
+    Raises ConfigError naming dtype for one that is unknown.
+    """
+    if dtype != "auto":
+        if dtype not in DTYPES:
+            raise ConfigError(
+                f"dtype must be auto or one of {', '.join(DTYPES)}, got {dtype!r}", param="dtype"
+            )
+        return dtype
+    if torch.device(device).type != "cpu":
+        return spec.dtype
+    fast = torch.cpu.get_capabilities().get("avx512_bf16", False)
+    return "bfloat16" if spec.dtype == "bfloat16" and fast else "float32"
+
+
+def plan_cache(
+    spec: ModelSpec,
+    engine_config: EngineConfig,
+    *,
+    dtype: str = "auto",
+    model: str | None = None,
+    device: torch.device | str = "cpu",
+) -> tuple[KVLayout, int]:
+    """Return the cache's layout and its number of blocks, before any memory is taken.
+
+    The buffer to allocate for load_runner has num_blocks * layout.block_bytes bytes. model: the
+    checkpoint's fingerprint, computed where None. Raises ConfigError.
+    """
+    cache_layout = layout(
+        spec,
+        model=fingerprint(spec.folder) if model is None else model,
+        dtype=resolve_dtype(dtype, spec, device),
+        block_size=engine_config.block_size,
+    )
+    return cache_layout, num_blocks_for(engine_config, cache_layout.block_bytes)
+
+
+def load_runner(
+    folder: Path,
+    engine_config: EngineConfig,
+    *,
+    dtype: str = "auto",
+    num_threads: int | None = None,
+    buffer: Buffer | None = None,
+    num_blocks: int | None = None,
+    max_model_len: int | None = None,
+    device: torch.device | str = "cpu",
+) -> ModelRunner:
+    """Load a checkpoint and give it a KV cache.
+
+    num_threads: torch's threads in this process. buffer: zeroed memory of num_blocks * layout.block_bytes
+    bytes, see plan_cache; None allocates. num_blocks: overrides the configuration's; pass what plan_cache
+    said, since a fraction of the memory may be another number by now. max_model_len: None is the model's,
+    or what the blocks hold if that is less.
+    Raises ConfigError naming the field or tensor that can't be used.
+    """
+    if num_threads is not None:
+        torch.set_num_threads(num_threads)
+    spec = read_spec(folder)
+    cache_layout, planned = plan_cache(spec, engine_config, dtype=dtype, device=device)
+    num_blocks = planned if num_blocks is None else num_blocks
+    limit = _model_len(spec, max_model_len, num_blocks * cache_layout.block_size)
+    kv_cache = KVCache(cache_layout, num_blocks, buffer=buffer, device=device)
+    with torch.inference_mode():
+        model = Transformer(spec, dtype=kv_cache.dtype, device=torch.device(device))
+        model.load()
+    return ModelRunner(model, kv_cache, limit)
+
+
+def _model_len(spec: ModelSpec, max_model_len: int | None, capacity: int) -> int:
+    limit = spec.limit_model_len(max_model_len)
+    if max_model_len is not None and limit > capacity:
+        raise ConfigError(
+            f"max_model_len of {limit} tokens needs more KV cache than there is: it holds {capacity} tokens",
+            param="max_model_len",
+        )
+    return min(limit, capacity)
