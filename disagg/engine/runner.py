@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from disagg.engine.sequence import Sequence
-from disagg.types import SampledToken
+from disagg.types import Request, SampledToken
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +35,10 @@ class Batch:
 
 class Runner(Protocol):
     """Computes a batch: writes KV through each block_table, draws a token where a chunk ends a sequence."""
+
+    def check_request(self, request: Request) -> None:
+        """Raise InvalidRequestError naming the field that this model can't take, such as an unknown token."""
+        ...
 
     def execute(self, batch: Batch) -> list[SampledToken | None]:
         """Return one entry per item of the batch, None where `item.samples` is false.

@@ -11,6 +11,7 @@ blocks stay until whoever pulls them is done or the lease ends.
 
 from __future__ import annotations
 
+import sys
 from enum import Enum, auto
 
 from disagg.hashing import BlockHash
@@ -30,39 +31,61 @@ class Sequence:
 
     token_ids: prompt and output so far. num_computed_tokens: tokens whose KV is written; the next step
     starts there. block_table: ids of the blocks that hold token 0, block_size, ... block_hashes: hashes of
-    its full blocks as far as they are known. hold: keep the blocks after the first token. remote_kv: tokens
-    whose KV a peer will deliver before the first step, 0 for none.
+    its full blocks as far as they are known, a chain that starts at hash_root. hold: keep the blocks after
+    the first token. remote_kv: tokens whose KV a peer will deliver before the first step, 0 for none.
+    max_num_tokens: length at which it ends at the latest. stop_token_ids: all that end it, EOS included.
+    arrival_order: its place among sequences of one priority.
     """
 
     __slots__ = (
         "added_at",
+        "arrival_order",
         "block_hashes",
         "block_table",
         "finish_reason",
         "first_scheduled_at",
+        "hash_root",
         "hold",
+        "max_num_tokens",
         "num_cached_tokens",
         "num_computed_tokens",
+        "num_preemptions",
         "num_prior_tokens",
         "remote_kv",
         "request",
         "runner_state",
         "status",
+        "stop_token_ids",
         "token_ids",
     )
 
-    def __init__(self, request: Request, *, now: float, hold: bool = False, remote_kv: int = 0) -> None:
+    def __init__(
+        self,
+        request: Request,
+        *,
+        now: float,
+        hold: bool = False,
+        remote_kv: int = 0,
+        hash_root: BlockHash = b"",
+        max_num_tokens: int = sys.maxsize,
+        stop_token_ids: frozenset[int] = frozenset(),
+    ) -> None:
         self.request = request
         self.token_ids: list[int] = list(request.token_ids)
         self.num_prior_tokens = len(self.token_ids)
         self.num_computed_tokens = 0
         self.num_cached_tokens = 0
         self.block_table: list[int] = []
+        self.hash_root = hash_root
         self.block_hashes: list[BlockHash] = []
         self.status = SequenceStatus.WAITING
         self.finish_reason: FinishReason | None = None
         self.hold = hold
         self.remote_kv = remote_kv
+        self.max_num_tokens = max_num_tokens
+        self.stop_token_ids = stop_token_ids
+        self.arrival_order = 0
+        self.num_preemptions = 0
         self.added_at = now
         self.first_scheduled_at: float | None = None
         # A runner may keep what it derived from the sequence (penalty counts, a slot in a GPU table) here.

@@ -1,0 +1,78 @@
+"""Start Ray on this machine for one cluster, and end it without leaving anything behind."""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import tempfile
+from pathlib import Path
+
+from disagg.errors import ConfigError
+
+# Small, since no KV travels through Ray's object store; Ray asks for at least 75 MiB.
+OBJECT_STORE_BYTES = 80 * 1024 * 1024
+
+
+def check_port_free(host: str, port: int, *, param: str) -> None:
+    """Raise ConfigError naming `param` where host:port can't be bound; port 0 is always fine."""
+    if port == 0:
+        return
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise ConfigError(
+                f"{param}: can't listen on {host}:{port}: {error.strerror}", param=param
+            ) from None
+
+
+def free_port(host: str = "127.0.0.1") -> int:
+    """Return a port that was free a moment ago, for programs that can't be told to pick one themselves."""
+    with socket.socket() as probe:
+        probe.bind((host, 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def prepare_environment() -> None:
+    """Set what Ray reads when it is imported or started; what the operator set already stays."""
+    run_folder = Path(tempfile.mkdtemp(prefix="disagg-haproxy-"))
+    defaults = {
+        "RAY_USAGE_STATS_ENABLED": "0",
+        # Serve's Python proxy costs about 10 ms a request more than HAProxy.
+        "RAY_SERVE_ENABLE_HA_PROXY": "1",
+        "RAY_SERVE_HAPROXY_NBTHREAD": str(min(4, os.cpu_count() or 1)),
+        "RAY_SERVE_HAPROXY_METRICS_ENABLED": "0",
+        # Fixed paths and ports would make a second cluster on this machine fight the first.
+        "RAY_SERVE_HAPROXY_STATS_PORT": str(free_port()),
+        "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(run_folder / "haproxy.cfg"),
+        "RAY_SERVE_HAPROXY_SOCKET_PATH": str(run_folder / "admin.sock"),
+        "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(run_folder),
+        "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(run_folder / "server-state"),
+        # Nothing balances over a laptop's single replica, so there is nobody to wait for on the way out.
+        "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "0",
+    }
+    for name, value in defaults.items():
+        os.environ.setdefault(name, value)
+
+
+def start_ray(address: str | None = None) -> None:
+    """Connect to a running Ray (address, or RAY_ADDRESS), else start one that ends with this process."""
+    prepare_environment()
+    import ray
+
+    address = address or os.environ.get("RAY_ADDRESS")
+    if address:
+        ray.init(address=address, logging_level=logging.WARNING, log_to_driver=False)
+        return
+    ray.init(
+        num_cpus=os.cpu_count(),
+        include_dashboard=False,
+        object_store_memory=OBJECT_STORE_BYTES,
+        logging_level=logging.WARNING,
+        log_to_driver=False,
+        _node_ip_address="127.0.0.1",
+    )

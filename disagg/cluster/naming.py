@@ -1,0 +1,11 @@
+"""Names under which the cluster's actors are found, so that a restarted controller adopts what is there."""
+
+from __future__ import annotations
+
+NAMESPACE = "disagg"
+CONTROLLER_NAME = "disagg-controller"
+ROUTER_NAME = "disagg-router"
+
+
+def worker_actor_name(worker_id: str) -> str:
+    return f"disagg-worker-{worker_id}"

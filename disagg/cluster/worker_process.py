@@ -1,0 +1,163 @@
+"""Everything inside one worker process, put together. No Ray here: an actor or a test runs it.
+
+model runner ─┐
+shared segment├─► Engine ─► Worker ─┐
+KV publisher ─┤                     ├─► one gRPC server on one port that the OS picked
+KV puller    ─┘     KVTransfer ─────┘
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import socket
+import uuid
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+
+from disagg.config import ClusterConfig
+from disagg.engine.engine import Engine
+from disagg.model.config import read_spec
+from disagg.model.runner import ModelRunner, load_runner, plan_cache
+from disagg.rpc import cluster_server
+from disagg.service.metrics import WorkerMetrics
+from disagg.service.router_client import WorkerMembership
+from disagg.service.worker import Worker
+from disagg.transfer.client import KVTransferClient
+from disagg.transfer.segment import SharedSegment
+from disagg.transfer.server import KVTransferService
+from disagg.types import Role, WorkerInfo
+from disagg.v1 import worker_pb2_grpc
+
+logger = logging.getLogger(__name__)
+
+# In-flight streams get this long to close when a worker is told to stop.
+STOP_GRACE_S = 0.5
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerSpec:
+    """What a worker is told when it starts. threads: torch threads of this process."""
+
+    worker_id: str
+    role: Role
+    config: ClusterConfig
+    secret: str
+    threads: int
+    host: str = "127.0.0.1"
+
+
+class WorkerProcess:
+    """One worker from start to stop, on the running loop."""
+
+    def __init__(self, spec: WorkerSpec, router_address: Callable[[], Awaitable[str]]) -> None:
+        self._spec = spec
+        self._router_address = router_address
+        self.incarnation = uuid.uuid4().hex
+
+    async def start(self) -> WorkerInfo:
+        """Load the model, open the port, join the router. Raises ConfigError where that can't be."""
+        spec = self._spec
+        segment, runner = await asyncio.to_thread(self._load)
+        self._segment = segment
+        self._server = cluster_server(spec.secret)
+        port = self._server.add_insecure_port(f"{spec.host}:0")
+        self.info = self._describe(runner, f"{spec.host}:{port}")
+        engine = Engine(
+            spec.config.engine_for(spec.role),
+            runner,
+            num_blocks=runner.num_blocks,
+            max_model_len=runner.max_model_len,
+            hash_model=runner.fingerprint,
+            eos_token_ids=runner.eos_token_ids,
+        )
+        self.worker = self._wire(engine, runner, segment)
+        await self._server.start()
+        self.worker.start()
+        await self._membership.start(self.info)
+        return self.info
+
+    def _load(self) -> tuple[SharedSegment, ModelRunner]:
+        spec = self._spec
+        engine_config = spec.config.engine_for(spec.role)
+        model = spec.config.model
+        # The plan comes first: the cache's memory is the shared segment, and the runner is built over it.
+        layout, num_blocks = plan_cache(read_spec(model.folder), engine_config, dtype=model.dtype)
+        segment = SharedSegment.create(num_blocks, layout.block_bytes)
+        runner = load_runner(
+            model.folder,
+            engine_config,
+            dtype=model.dtype,
+            num_threads=spec.threads,
+            buffer=segment.buffer,
+            num_blocks=num_blocks,
+            max_model_len=model.max_model_len,
+        )
+        return segment, runner
+
+    def _describe(self, runner: ModelRunner, address: str) -> WorkerInfo:
+        spec = self._spec
+        engine_config = spec.config.engine_for(spec.role)
+        return WorkerInfo(
+            worker_id=spec.worker_id,
+            incarnation=self.incarnation,
+            role=spec.role,
+            address=address,
+            host=socket.gethostname(),
+            pid=os.getpid(),
+            max_model_len=runner.max_model_len,
+            block_size=engine_config.block_size,
+            max_num_seqs=engine_config.max_num_seqs,
+            max_num_batched_tokens=engine_config.max_num_batched_tokens,
+            # Block 0 is scratch and holds no sequence.
+            kv_blocks_total=runner.num_blocks - 1,
+            model_fingerprint=runner.fingerprint,
+        )
+
+    def _wire(self, engine: Engine, runner: ModelRunner, segment: SharedSegment) -> Worker:
+        spec, transfer = self._spec, self._spec.config.transfer
+        self._membership = WorkerMembership(
+            self._router_address, spec.secret, heartbeat_s=spec.config.router.heartbeat_s
+        )
+        self._publisher = KVTransferService(
+            runner.layout,
+            segment,
+            worker_id=spec.worker_id,
+            incarnation=self.incarnation,
+            secret=spec.secret,
+            lease_s=transfer.lease_s,
+            chunk_bytes=transfer.chunk_bytes,
+            on_released=lambda request_id: worker.on_lease_ended(request_id),
+        )
+        self._puller = KVTransferClient(
+            runner.layout,
+            segment,
+            worker_id=spec.worker_id,
+            incarnation=self.incarnation,
+            secret=spec.secret,
+            transport=transfer.kv_transport,
+            lease_s=transfer.lease_s,
+            pull_timeout_s=transfer.pull_timeout_s,
+            resolve=self._membership.resolve,
+        )
+        self._membership.on_change(self._puller.retain)
+        worker = Worker(
+            self.info, engine, self._publisher, self._puller, self._membership, WorkerMetrics(self.info)
+        )
+        worker_pb2_grpc.add_WorkerServicer_to_server(worker, self._server)
+        worker_pb2_grpc.add_KVTransferServicer_to_server(self._publisher, self._server)
+        return worker
+
+    async def wait(self) -> None:
+        """Return when the worker was stopped; raise what its engine thread died of."""
+        await asyncio.shield(self.worker.stopped)
+
+    async def stop(self) -> None:
+        """Leave the router first, so that nothing new is placed here, then close and free everything."""
+        await self._membership.close()
+        await self._server.stop(STOP_GRACE_S)
+        await self.worker.stop()
+        await self._puller.close()
+        await self._publisher.close()
+        self._segment.close()

@@ -1,0 +1,351 @@
+"""Scheduler: which sequences run in the next step, and how many tokens of each.
+
+Continuous batching (Orca, OSDI '22): the batch is made anew for every step. Chunked prefill under a token
+budget (Sarathi-Serve, OSDI '24; DeepSpeed-FastGen): decodes take one token each first, chunks of prompts
+fill what is left, so a long prompt never stalls running streams. There is no prefill phase and no decode
+phase (as in vLLM v1): a sequence's num_computed_tokens catches up with its tokens, one or many a step.
+"""
+
+from __future__ import annotations
+
+import heapq
+from bisect import insort
+from dataclasses import dataclass
+from itertools import islice
+
+from disagg.config import EngineConfig
+from disagg.engine.block_pool import BlockPool
+from disagg.engine.runner import Batch, ScheduledSequence
+from disagg.engine.sequence import Sequence, SequenceStatus
+from disagg.hashing import next_hash
+
+
+@dataclass(frozen=True, slots=True)
+class Reservation:
+    """Blocks that wait for a peer's KV.
+
+    block_ids: those that cover the remote tokens. num_cached_tokens: how many of these tokens were found
+    here, always whole blocks, so that block_ids[num_cached_tokens // block_size:] are to be filled. If that
+    is none, the sequence runs already and only the peer has to be told that it can let go.
+    """
+
+    request_id: str
+    block_ids: list[int]
+    num_cached_tokens: int
+
+
+def rank(seq: Sequence) -> tuple[int, int]:
+    """Return what sequences are served by: priority, then order of arrival; smaller is earlier."""
+    return seq.request.priority, seq.arrival_order
+
+
+def tokens_to_compute(seq: Sequence) -> int:
+    """Return how many known tokens this engine has to compute, if a peer delivers what it said."""
+    return seq.num_tokens - max(seq.num_computed_tokens, seq.remote_kv)
+
+
+class WaitingQueue:
+    """Sequences by rank. One that is pushed again after a preemption gets its old place.
+
+    num_tokens: tokens to compute of all that wait.
+
+    A heap from whose middle nothing is taken: what is removed stays as a tombstone until it surfaces or
+    tombstones are the majority, so that cancelling a thousand requests does not cost a thousand rebuilds.
+    """
+
+    def __init__(self) -> None:
+        self._heap: list[tuple[int, int, Sequence]] = []
+        self._removed: set[int] = set()
+        self.num_tokens = 0
+
+    def __len__(self) -> int:
+        return len(self._heap) - len(self._removed)
+
+    def push(self, seq: Sequence) -> None:
+        heapq.heappush(self._heap, (*rank(seq), seq))
+        self.num_tokens += tokens_to_compute(seq)
+
+    def peek(self) -> Sequence:
+        """Return the sequence to be served first. Raises IndexError where none waits."""
+        while self._heap[0][1] in self._removed:
+            self._removed.remove(heapq.heappop(self._heap)[1])
+        return self._heap[0][2]
+
+    def pop(self) -> Sequence:
+        seq = self.peek()
+        heapq.heappop(self._heap)
+        self.num_tokens -= tokens_to_compute(seq)
+        return seq
+
+    def remove(self, seq: Sequence) -> None:
+        """Take out a sequence that is in the queue, wherever it is."""
+        self._removed.add(seq.arrival_order)
+        self.num_tokens -= tokens_to_compute(seq)
+        if len(self._removed) > len(self._heap) // 2:
+            self._heap = [entry for entry in self._heap if entry[1] not in self._removed]
+            heapq.heapify(self._heap)
+            self._removed.clear()
+
+
+class Scheduler:
+    """Admits, chunks and preempts. Owns every sequence's blocks until it is told that the sequence ended.
+
+    Admission is by rank and stops at the first that does not fit: a small request must not overtake a large
+    one for ever. A sequence is admitted only with blocks for all of its known tokens, so a prompt that is
+    half computed never stands still for want of blocks, and only if one more block is left for each
+    sequence that goes on, so that the newcomer is not preempted a few steps later.
+
+    Only a decode that crosses a block's end can run short. Then the sequence that is served last gives its
+    blocks back and waits again (preemption by recomputation); they stay cached until somebody takes them,
+    so recomputing is mostly a prefix hit. The one served first is preempted only if it runs alone, hence
+    some sequence always gets on.
+
+    RECEIVING and HELD sequences can't be preempted: a peer writes into, or reads from, their blocks. They
+    can't deadlock the rest either:
+      - both end by an outside event within bounded time (a pull ends or fails, a lease ends);
+      - receiving ones hold at most half of the pool together (or there is just one, and nothing else
+        runs), so running ones do not starve beside a stream of arrivals;
+      - a received sequence is an ordinary running one: it owns the blocks of its next step already, and
+        can be preempted like any other.
+    """
+
+    def __init__(self, config: EngineConfig, pool: BlockPool) -> None:
+        self._pool = pool
+        self._block_size = config.block_size
+        self._caching = config.enable_prefix_caching
+        self._token_budget = config.max_num_batched_tokens
+        # Each running sequence gets at least one token in each step, or the last ones would starve.
+        self._max_num_seqs = min(config.max_num_seqs, config.max_num_batched_tokens)
+        self._max_receiving_blocks = pool.capacity // 2
+        self._num_arrived = 0
+        self.waiting = WaitingQueue()
+        # By rank.
+        self.running: list[Sequence] = []
+        self.receiving: dict[str, Sequence] = {}
+        self._reservations: dict[str, Reservation] = {}
+        self.num_preemptions = 0
+        self.prefix_queries = 0
+        self.prefix_hits = 0
+
+    def add(self, seq: Sequence) -> None:
+        seq.arrival_order = self._num_arrived
+        self._num_arrived += 1
+        self._wait(seq)
+
+    def _wait(self, seq: Sequence) -> None:
+        seq.status = SequenceStatus.WAITING
+        self.waiting.push(seq)
+
+    def has_work(self) -> bool:
+        """Whether `schedule` would start or continue anything as things are now."""
+        return bool(self.running) or (len(self.waiting) > 0 and self._fit(self.waiting.peek()) is not None)
+
+    # -- one step ----------------------------------------------------------------------------------
+
+    def schedule(self, now: float) -> Batch:
+        """Return the next batch, with blocks for all of it allocated; it may be empty."""
+        items: list[ScheduledSequence] = []
+        num_preemptions = self.num_preemptions
+        prefills = [seq for seq in self.running if seq.num_uncomputed_tokens > 1]
+        self._schedule_decodes(items, now)
+        budget = self._token_budget - len(items)
+        for seq in prefills:
+            if budget == 0:
+                break
+            if seq.status is SequenceStatus.RUNNING:  # else preempted for a decode a moment ago
+                budget -= self._schedule_one(seq, budget, items, now)
+        # Blocks that a preemption freed belong to who runs, not to who comes.
+        if self.num_preemptions == num_preemptions:
+            self._admit(items, budget, now)
+        return Batch(tuple(items))
+
+    def _schedule_decodes(self, items: list[ScheduledSequence], now: float) -> None:
+        decodes = [seq for seq in self.running if seq.num_uncomputed_tokens == 1]
+        for seq in decodes:
+            if seq.status is SequenceStatus.RUNNING and self._grow(seq):
+                self._schedule_one(seq, 1, items, now)
+
+    def _schedule_one(self, seq: Sequence, budget: int, items: list[ScheduledSequence], now: float) -> int:
+        """Put as much of `seq` as `budget` allows into the batch; return how many tokens that is."""
+        if seq.first_scheduled_at is None:
+            seq.first_scheduled_at = now
+        num_tokens = min(seq.num_uncomputed_tokens, budget)
+        items.append(ScheduledSequence(seq, num_tokens))
+        return num_tokens
+
+    def _grow(self, seq: Sequence) -> bool:
+        """See that `seq` has a block for its last token, preempting others, or itself: then False."""
+        if len(seq.block_table) * self._block_size >= seq.num_tokens:
+            return True
+        while (blocks := self._pool.allocate(1)) is None:
+            # Served last, hence not in this step's batch yet: decodes are scheduled by rank.
+            victim = self.running[-1]
+            self._preempt(victim)
+            if victim is seq:
+                return False
+        seq.block_table += blocks
+        return True
+
+    def _preempt(self, seq: Sequence) -> None:
+        """Take everything from `seq` and let it wait."""
+        self.running.remove(seq)
+        self.free_blocks(seq)
+        seq.num_computed_tokens = 0
+        seq.runner_state = None
+        seq.num_preemptions += 1
+        self.num_preemptions += 1
+        self._wait(seq)
+
+    def advance(self, seq: Sequence, num_tokens: int) -> None:
+        """Account for tokens that a step has computed: blocks that they filled can be found from now on."""
+        first = seq.num_computed_tokens // self._block_size
+        seq.num_computed_tokens += num_tokens
+        self._register(seq, first)
+
+    # -- admission ---------------------------------------------------------------------------------
+
+    def _admit(self, items: list[ScheduledSequence], budget: int, now: float) -> None:
+        while len(self.waiting) > 0:
+            seq = self.waiting.peek()
+            # A reservation computes nothing: a pull may begin while the budget goes to others.
+            if budget == 0 and seq.remote_kv == 0:
+                return
+            cached = self._fit(seq)
+            if cached is None:
+                return
+            self.waiting.pop()
+            self._allocate(seq, cached)
+            if seq.remote_kv > 0 and not self._reserve(seq):
+                continue
+            self._run(seq)
+            if budget > 0:
+                budget -= self._schedule_one(seq, budget, items, now)
+
+    def _fit(self, seq: Sequence) -> list[int] | None:
+        """Return the cached blocks with which a waiting sequence can be admitted now, None if it can't."""
+        if len(self.running) + len(self.receiving) >= self._max_num_seqs:
+            return None
+        num_free = self._pool.num_free - self._headroom()
+        if num_free <= 0:
+            return None  # at least its last block is its own
+        cached = self._cached_prefix(seq)
+        num_blocks = self._blocks_for(seq.num_tokens)
+        if self._pool.num_needed(cached, num_blocks - len(cached)) > num_free:
+            return None
+        will_receive = seq.remote_kv > len(cached) * self._block_size
+        if will_receive and self._too_many_receive(num_blocks):
+            return None
+        return cached
+
+    def _headroom(self) -> int:
+        """Return how many blocks are left alone for the growth of what goes on."""
+        # A sequence that is held after its first token needs no block beyond those it has.
+        growing = sum(1 for seq in self.running if not seq.hold)
+        return growing + sum(1 for seq in self.receiving.values() if not seq.hold)
+
+    def _too_many_receive(self, num_more: int) -> bool:
+        if not self.running and not self.receiving:
+            return False
+        held = sum(len(seq.block_table) for seq in self.receiving.values())
+        return held + num_more > self._max_receiving_blocks
+
+    def _cached_prefix(self, seq: Sequence) -> list[int]:
+        if not self._caching:
+            return []
+        # The last token is always computed: its logits are what the next one is drawn from.
+        usable = (seq.num_tokens - 1) // self._block_size
+        self._extend_hashes(seq, usable)
+        return self._pool.lookup(islice(seq.block_hashes, usable))
+
+    def _allocate(self, seq: Sequence, cached: list[int]) -> None:
+        self._pool.acquire(cached)
+        fresh = self._pool.allocate(self._blocks_for(seq.num_tokens) - len(cached))
+        if fresh is None:
+            raise RuntimeError(f"no blocks for {seq.request_id}, which was found to fit")
+        seq.block_table = cached + fresh
+        seq.num_computed_tokens = len(cached) * self._block_size
+        if seq.num_preemptions == 0:
+            seq.num_cached_tokens = min(seq.num_computed_tokens, seq.num_prompt_tokens)
+            self.prefix_queries += seq.num_tokens
+            self.prefix_hits += seq.num_computed_tokens
+
+    def _run(self, seq: Sequence) -> None:
+        seq.status = SequenceStatus.RUNNING
+        insort(self.running, seq, key=rank)
+
+    # -- remote KV ---------------------------------------------------------------------------------
+
+    def _reserve(self, seq: Sequence) -> bool:
+        """Report the blocks of an admitted sequence for a pull; True if it can run without one."""
+        covering = seq.block_table[: self._blocks_for(seq.remote_kv)]
+        num_cached = min(seq.num_computed_tokens, len(covering) * self._block_size)
+        self._reservations[seq.request_id] = Reservation(seq.request_id, covering, num_cached)
+        if seq.num_computed_tokens >= seq.remote_kv:
+            seq.remote_kv = 0
+            return True
+        seq.status = SequenceStatus.RECEIVING
+        self.receiving[seq.request_id] = seq
+        return False
+
+    def take_reservations(self) -> list[Reservation]:
+        """Return what was reserved since the last call, less what has ended meanwhile."""
+        taken = list(self._reservations.values())
+        self._reservations.clear()
+        return taken
+
+    def activate(self, seq: Sequence, num_computed_tokens: int) -> None:
+        """Let a sequence run whose KV arrived (or did not: then the rest is computed here)."""
+        del self.receiving[seq.request_id]
+        self._reservations.pop(seq.request_id, None)
+        # At least the last token is computed here, whatever the peer sent.
+        received = min(num_computed_tokens, seq.remote_kv, seq.num_tokens - 1)
+        seq.remote_kv = 0
+        self._run(seq)
+        if received > seq.num_computed_tokens:
+            self.advance(seq, received - seq.num_computed_tokens)
+
+    # -- ends --------------------------------------------------------------------------------------
+
+    def leave(self, seq: Sequence) -> None:
+        """Take a sequence out of whatever it is in; its blocks stay its own until free_blocks."""
+        if seq.status is SequenceStatus.RUNNING:
+            self.running.remove(seq)
+        elif seq.status is SequenceStatus.WAITING:
+            self.waiting.remove(seq)
+        elif seq.status is SequenceStatus.RECEIVING:
+            del self.receiving[seq.request_id]
+            # Its blocks are about to be somebody else's: nobody may be told to write into them.
+            self._reservations.pop(seq.request_id, None)
+
+    def free_blocks(self, seq: Sequence) -> None:
+        self._pool.free(seq.block_table)
+        seq.block_table = []
+
+    # -- blocks and hashes -------------------------------------------------------------------------
+
+    def _blocks_for(self, num_tokens: int) -> int:
+        return -(-num_tokens // self._block_size)
+
+    def _register(self, seq: Sequence, first: int) -> None:
+        """Make the full blocks findable whose KV is written, from block number `first` on."""
+        num_full = seq.num_computed_tokens // self._block_size
+        if num_full <= first or not self._caching:
+            return
+        self._extend_hashes(seq, num_full)
+        for index in range(first, num_full):
+            self._pool.register(seq.block_table[index], seq.block_hashes[index])
+
+    def _extend_hashes(self, seq: Sequence, num_blocks: int) -> None:
+        """See that the first `num_blocks` hashes of `seq` are known; each is computed once."""
+        size, hashes = self._block_size, seq.block_hashes
+        parent = hashes[-1] if hashes else seq.hash_root
+        for start in range(len(hashes) * size, num_blocks * size, size):
+            parent = next_hash(parent, seq.token_ids[start : start + size])
+            hashes.append(parent)
+
+    # -- state -------------------------------------------------------------------------------------
+
+    def tokens_to_compute(self) -> int:
+        """Return the tokens still to be computed of everything that waits, receives or runs."""
+        active = (*self.running, *self.receiving.values())
+        return self.waiting.num_tokens + sum(tokens_to_compute(seq) for seq in active)

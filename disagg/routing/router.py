@@ -1,0 +1,125 @@
+"""Router: one decision per request, on what workers report and on what it sent them itself.
+
+Pure: no clock, no I/O; `now` is an argument in seconds on any one clock, and the generator is given. The
+gRPC server, a front end whose router is away, and the simulator all drive this same class.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+
+from disagg.config import RouterConfig
+from disagg.errors import InvalidRequestError
+from disagg.routing.assumptions import Assumptions
+from disagg.routing.charges import Charge
+from disagg.routing.policies import Policy, make_policy
+from disagg.routing.prefix_index import PrefixIndex
+from disagg.routing.types import Placement, PlacementRequest, WorkerReport
+from disagg.routing.view import ClusterView
+
+# No request lives this long; a charge that does has lost its front end's word.
+CHARGE_TTL_S = 3600.0
+
+
+class Router:
+    """Placement, and the book-keeping that it rests on.
+
+    view: the cluster as it is known. counters: placements by (policy, kind). All methods cost about the
+    same whatever the number of requests in flight.
+    """
+
+    def __init__(
+        self,
+        config: RouterConfig,
+        rng: random.Random,
+        *,
+        policy: Policy | None = None,
+        max_charges: int = 100_000,
+        max_index_entries: int = 4_000_000,
+    ) -> None:
+        self.config = config
+        self.policy = policy or make_policy(config.policy)
+        self.view = ClusterView(max_charges=max_charges)
+        self.index = PrefixIndex(max_index_entries)
+        self.counters: Counter[tuple[str, str]] = Counter()
+        self._assumptions = Assumptions(self.index)
+        self._rng = rng
+
+    # -- requests ------------------------------------------------------------------------------------
+
+    def place(self, request: PlacementRequest, now: float) -> Placement:
+        """Decide where a request runs and charge it there; an earlier charge of the same id is replaced.
+
+        Raises NoCapacityError where no worker takes requests, InvalidRequestError naming `prompt` where
+        none that lives could take it.
+        """
+        if request.num_tokens < 1:
+            raise InvalidRequestError("the prompt has no tokens", param="prompt")
+        # A retry's earlier charge must not count against the workers that it is now weighed on.
+        self.finished(request.request_id)
+        choice = self.policy.choose(request, self.view, self.index, self._rng)
+        placement = choice.placement(request, self.view, self.policy.name)
+        charge, ended = self.view.charge(request, choice.prefill, choice.decode, choice.depths, now)
+        for other in ended:
+            self._assumptions.ended(other)
+        self._assumptions.placed(charge)
+        self.counters[placement.policy, placement.kind.value] += 1
+        return placement
+
+    def prefilled(self, request_id: str) -> None:
+        """The request's first token is out: its load moves to the decode worker. Unknown ids are ignored."""
+        charge = self.view.prefilled(request_id)
+        if charge is not None:
+            self._assumptions.prefilled(charge)
+
+    def finished(self, request_id: str) -> None:
+        """The request has ended, however. Unknown ids are ignored."""
+        charge = self.view.finished(request_id)
+        if charge is not None:
+            self._assumptions.ended(charge)
+
+    def frontend_left(self, frontend_id: str) -> None:
+        """A front end is gone, and with it the charges of its requests."""
+        self._ended(self.view.frontend_left(frontend_id))
+
+    def _ended(self, charges: list[Charge]) -> None:
+        for charge in charges:
+            self._assumptions.ended(charge)
+
+    # -- workers -------------------------------------------------------------------------------------
+
+    def worker_report(self, report: WorkerReport, now: float) -> bool:
+        """Take over a worker's state. True means that it must send a snapshot of its blocks.
+
+        Another incarnation under a known id is another worker: everything of the old one is dropped.
+        """
+        worker_id = report.info.worker_id
+        known = self.view.workers.get(worker_id)
+        if known is not None and known.info.incarnation != report.info.incarnation:
+            self._remove(worker_id)
+        self.view.update(report, now)
+        slot = self.view.slot(worker_id)
+        assert slot is not None
+        self._assumptions.reported(slot)
+        return report.blocks is not None and not self.index.apply(slot, report.blocks)
+
+    def worker_left(self, worker_id: str, incarnation: str) -> None:
+        """A worker's stream ended. Ignored where another incarnation has taken its place."""
+        known = self.view.workers.get(worker_id)
+        if known is not None and known.info.incarnation == incarnation:
+            self._remove(worker_id)
+
+    def sweep(self, now: float) -> list[str]:
+        """Forget workers silent for dead_after_s, and return them; drop charges that nobody ends any more."""
+        silent = self.view.silent(now, self.config.dead_after_s)
+        for worker_id in silent:
+            self._remove(worker_id)
+        self._ended(self.view.expire(now - CHARGE_TTL_S))
+        return silent
+
+    def _remove(self, worker_id: str) -> None:
+        slot = self.view.remove(worker_id)
+        if slot is not None:
+            self.index.forget(slot)
+            self._assumptions.worker_left(slot)

@@ -1,0 +1,155 @@
+"""Prometheus metrics, under the names of the project's contract, and their union over processes.
+
+Every process keeps its own registry. A front end that is asked for /metrics scrapes the others over gRPC
+and merges, so one target shows the whole cluster. Labels take values from closed sets (roles, worker ids,
+transports), never what a client wrote.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.core import Metric
+from prometheus_client.parser import text_string_to_metric_families
+from prometheus_client.registry import Collector
+
+from disagg.types import WorkerInfo, WorkerLoad
+
+# From a cached token on a fast GPU to a long prompt behind a queue.
+LATENCY_BUCKETS = (
+    *(0.001, 0.002, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.15, 0.2, 0.3, 0.5, 0.75),
+    *(1.0, 1.5, 2.0, 3.0, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0, 160.0),
+)
+TOKEN_BUCKETS = (
+    *(0.0005, 0.001, 0.002, 0.004, 0.006, 0.008, 0.01, 0.015, 0.02, 0.025, 0.03, 0.04, 0.05),
+    *(0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5),
+)
+
+
+class WorkerMetrics:
+    """What one worker counts. All series carry its role and id."""
+
+    def __init__(self, info: WorkerInfo) -> None:
+        self.registry = CollectorRegistry()
+        self._labels = (info.role.value, info.worker_id)
+        self._blocks_total = info.kv_blocks_total
+        self._running = self._gauge("disagg_num_requests_running", "Requests in the running batch.")
+        self._waiting = self._gauge("disagg_num_requests_waiting", "Requests waiting to be scheduled.")
+        self._usage = self._gauge("disagg_kv_cache_usage_ratio", "KV blocks in use, 0 to 1.")
+        self._queries = self._counter("disagg_prefix_cache_queries", "Tokens looked up in the prefix cache.")
+        self._hits = self._counter("disagg_prefix_cache_hits", "Tokens found in the prefix cache.")
+        self._preemptions = self._counter("disagg_preemptions", "Sequences preempted for want of blocks.")
+        self._bytes = Counter(
+            "disagg_kv_transfer_bytes",
+            "KV bytes received from peers.",
+            ("role", "worker", "transport"),
+            registry=self.registry,
+        )
+        self._copy = Histogram(
+            "disagg_kv_transfer_seconds",
+            "Duration of one pull, hidden or not.",
+            ("role", "worker", "transport"),
+            buckets=LATENCY_BUCKETS,
+            registry=self.registry,
+        )
+        self._totals = (0, 0, 0)
+        self.observe_engine(WorkerLoad(), self._totals)
+
+    def _gauge(self, name: str, text: str) -> Gauge:
+        return Gauge(name, text, ("role", "worker"), registry=self.registry).labels(*self._labels)
+
+    def _counter(self, name: str, text: str) -> Counter:
+        return Counter(name, text, ("role", "worker"), registry=self.registry).labels(*self._labels)
+
+    def observe_engine(self, load: WorkerLoad, totals: tuple[int, int, int]) -> None:
+        """Take over the engine's state; totals are (queries, hits, preemptions) since its start."""
+        self._running.set(load.num_running)
+        self._waiting.set(load.num_waiting)
+        self._usage.set(load.kv_blocks_used / max(1, self._blocks_total))
+        for counter, new, old in zip(
+            (self._queries, self._hits, self._preemptions), totals, self._totals, strict=True
+        ):
+            if new > old:
+                counter.inc(new - old)
+        self._totals = totals
+
+    def observe_pull(self, transport: str, num_bytes: int, seconds: float) -> None:
+        self._bytes.labels(*self._labels, transport).inc(num_bytes)
+        self._copy.labels(*self._labels, transport).observe(seconds)
+
+    def exposition(self) -> bytes:
+        return generate_latest(self.registry)
+
+
+class FrontendMetrics:
+    """What a client of one front end saw.
+
+    queue + prefill + kv_transfer + decode of a request add up to its end-to-end latency.
+    """
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        latency, token = LATENCY_BUCKETS, TOKEN_BUCKETS
+        self.ttft = self._histogram("time_to_first_token", "Arrival to first token.", latency)
+        self.itl = self._histogram("inter_token_latency", "Gap between two successive outputs.", token)
+        self.tpot = self._histogram("time_per_output_token", "Mean gap per token after the first.", token)
+        self.e2e = self._histogram("e2e_request_latency", "Arrival to end.", latency)
+        self.queue = self._histogram("request_queue", "Arrival to the start of prefill.", latency)
+        self.prefill = self._histogram("request_prefill", "Start of prefill to first token.", latency)
+        self.kv_transfer = self._histogram(
+            "request_kv_transfer", "First token to decode having its KV.", latency
+        )
+        self.decode = self._histogram("request_decode", "Decode having its KV to the end.", latency)
+        self.exposed = self._histogram(
+            "kv_transfer_exposed", "Part of a KV transfer not hidden behind prefill.", latency
+        )
+        self.prompt_tokens = self._counter("prompt_tokens", "Prompt tokens of finished prefills.")
+        self.generation_tokens = self._counter("generation_tokens", "Tokens sent to clients.")
+        self.requests = self._counter("requests", "Requests by how they ended.", ("outcome",))
+        self.resumes = self._counter("request_resumes", "Requests continued after a fault.", ("cause",))
+        self.slo = self._counter("slo_attained", "Requests by whether they met an objective.", ("slo", "met"))
+        self.placements = self._counter(
+            "frontend_placements", "Placements by a front end's own last view.", ("kind",)
+        )
+        for outcome in ("stop", "length", "abort", "error", "shed", "deadline", "invalid"):
+            self.requests.labels(outcome)
+
+    def _histogram(self, name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
+        return Histogram(f"disagg_{name}_seconds", text, buckets=buckets, registry=self.registry)
+
+    def _counter(self, name: str, text: str, labels: tuple[str, ...] = ()) -> Counter:
+        return Counter(f"disagg_{name}", text, labels, registry=self.registry)
+
+    def exposition(self) -> bytes:
+        return generate_latest(self.registry)
+
+
+class _Families(Collector):
+    def __init__(self, families: Iterable[Metric]) -> None:
+        self._families = list(families)
+
+    def collect(self) -> list[Metric]:
+        return self._families
+
+
+def merge_expositions(parts: Iterable[tuple[str, bytes]]) -> bytes:
+    """Return one exposition from several (process label, exposition) pairs.
+
+    Families of one name are joined, as the format asks. Samples get a `process` label where two processes
+    would otherwise expose the same series.
+    """
+    families: dict[str, Metric] = {}
+    for process, exposition in parts:
+        for family in text_string_to_metric_families(exposition.decode()):
+            merged = families.get(family.name)
+            if merged is None:
+                merged = families[family.name] = Metric(family.name, family.documentation, family.type)
+            for sample in family.samples:
+                labels = dict(sample.labels)
+                labels.setdefault("process", process)
+                merged.samples.append(sample._replace(labels=labels))
+    registry = CollectorRegistry()
+    if families:
+        registry.register(_Families(families.values()))
+    return generate_latest(registry)

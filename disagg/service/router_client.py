@@ -1,0 +1,250 @@
+"""RouterClient: a front end's side of the router, with a router of its own for when that is away.
+
+The client feeds every ClusterView that it receives into a local Router. While the stream stands, the global
+router decides; while it does not, the local one does, on the last view. A router that was just restarted
+knows only the workers that found it already; until those known before have joined it, or had time to, they
+stay in the view and the local router decides.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import logging
+import random
+import time
+from collections.abc import Callable
+from typing import Any
+
+import grpc
+import grpc.aio
+
+from disagg.config import RouterConfig
+from disagg.errors import InvalidRequestError, NoCapacityError, WorkerLostError
+from disagg.routing.router import Router
+from disagg.routing.types import Placement, PlacementKind, PlacementRequest, WorkerReport
+from disagg.routing.view import ClusterView
+from disagg.rpc import secret_metadata
+from disagg.service import wire_router as wire
+from disagg.service.membership import WorkerMembership
+from disagg.service.router_link import CONNECT_TIMEOUT_S, GetAddress, RouterLink, cancelled_from_outside
+from disagg.types import WorkerStatus
+from disagg.v1 import router_pb2, router_pb2_grpc, worker_pb2
+
+__all__ = ["RouterClient", "WorkerMembership"]
+
+logger = logging.getLogger(__name__)
+
+# Decisions take microseconds; a router that does not answer in this time is as good as away.
+PLACE_TIMEOUT_S = 1.0
+# Placements name workers that the view has yet to hear of, if they joined this moment.
+VIEW_LAG_S = 0.5
+
+
+class _RouterAway(Exception):
+    """The global router can't decide now."""
+
+
+class RouterClient:
+    """Places requests, and tells the router what became of them. All methods belong to the event loop.
+
+    stale_placements: decisions made on the last view; on_stale_placement is called with each of them.
+    connected: whether the stream to the router stands. router_pid: of the last router, 0 before the first.
+    """
+
+    def __init__(
+        self,
+        frontend_id: str,
+        get_address: GetAddress,
+        secret: str,
+        config: RouterConfig,
+        *,
+        rng: random.Random | None = None,
+        clock: Callable[[], float] = time.monotonic,
+        on_stale_placement: Callable[[Placement], None] | None = None,
+    ) -> None:
+        self.frontend_id = wire.checked_id("frontend_id", frontend_id)
+        self.connected = False
+        self.router_pid = 0
+        self.stale_placements = 0
+        self._metadata = secret_metadata(secret)
+        self._config = config
+        self._clock = clock
+        self._on_stale_placement = on_stale_placement
+        self._local = Router(config, rng or random.Random())
+        self._link = RouterLink(get_address, self._attach)
+        self._stub: router_pb2_grpc.RouterAsyncStub | None = None
+        self._router_incarnation = ""
+        # Until when workers stay in the view that a restarted router does not list.
+        self._settles_at: float | None = None
+        self._events: list[router_pb2.RequestEvent] = []
+        self._events_ready = asyncio.Event()
+        self._changed = asyncio.Event()
+        self._callbacks: list[Callable[[ClusterView], None]] = []
+
+    # -- life ----------------------------------------------------------------------------------------
+
+    async def start(self) -> None:
+        """Begin to attach, in the background."""
+        self._link.start()
+
+    async def close(self) -> None:
+        """Detach: the router drops the charges of this front end."""
+        await self._link.close()
+
+    @property
+    def view(self) -> ClusterView:
+        """The cluster as last heard. The object stays the same and changes; read only."""
+        return self._local.view
+
+    def on_view_change(self, callback: Callable[[ClusterView], None]) -> None:
+        """Call back whenever a worker came, went, restarted or changed its status."""
+        self._callbacks.append(callback)
+
+    async def wait_ready(self, timeout: float) -> ClusterView:
+        """Return the view once a worker takes requests. Raises NoCapacityError after `timeout` seconds."""
+        try:
+            async with asyncio.timeout(timeout):
+                while not any(s.status is WorkerStatus.READY for s in self.view.workers.values()):
+                    await self._changed.wait()
+                return self.view
+        except TimeoutError:
+            raise NoCapacityError(f"no worker was ready within {timeout:g} s") from None
+
+    # -- requests ------------------------------------------------------------------------------------
+
+    async def place(self, request: PlacementRequest) -> Placement:
+        """Decide where a request runs. Raises NoCapacityError, InvalidRequestError or OverloadedError."""
+        try:
+            placement = await self._ask(request)
+        except _RouterAway:
+            return self._place_alone(request)
+        await self._wait_until_known(placement)
+        return placement
+
+    async def _ask(self, request: PlacementRequest) -> Placement:
+        if self._stub is None or self._settles_at is not None:
+            raise _RouterAway
+        message = wire.request_to_proto(request)
+        try:
+            answer = await self._stub.Place(message, timeout=PLACE_TIMEOUT_S, metadata=self._metadata)
+        except asyncio.CancelledError:
+            if cancelled_from_outside():
+                raise
+            # The link closed the channel under this call.
+            raise _RouterAway from None
+        except grpc.aio.AioRpcError as error:
+            if error.code() is grpc.StatusCode.INVALID_ARGUMENT:
+                raise InvalidRequestError(error.details() or "the router refused the request") from None
+            logger.warning("placing on the last view: %s: %s", error.code().name, error.details())
+            raise _RouterAway from None
+        return wire.placement_from_proto(answer)
+
+    def _place_alone(self, request: PlacementRequest) -> Placement:
+        decided = self._local.place(request, self._clock())
+        placement = dataclasses.replace(decided, kind=PlacementKind.STALE_VIEW)
+        self.stale_placements += 1
+        if self._on_stale_placement is not None:
+            self._on_stale_placement(placement)
+        return placement
+
+    async def _wait_until_known(self, placement: Placement) -> None:
+        """The answer may overtake the view in which its workers appear."""
+        workers = self.view.workers
+        try:
+            async with asyncio.timeout(VIEW_LAG_S):
+                while placement.prefill_worker not in workers or placement.decode_worker not in workers:
+                    await self._changed.wait()
+        except TimeoutError:
+            return  # gone again; the caller finds out
+
+    def prefilled(self, request_id: str) -> None:
+        """The request's first token is out."""
+        self._local.prefilled(request_id)
+        self._send(request_id, router_pb2.RequestEvent.KIND_PREFILLED)
+
+    def finished(self, request_id: str) -> None:
+        """The request has ended, however."""
+        self._local.finished(request_id)
+        self._send(request_id, router_pb2.RequestEvent.KIND_FINISHED)
+
+    def _send(self, request_id: str, kind: router_pb2.RequestEvent.Kind.ValueType) -> None:
+        # A router to which no stream stands has dropped this front end's charges already.
+        if self._stub is not None:
+            self._events.append(router_pb2.RequestEvent(request_id=request_id, kind=kind))
+            self._events_ready.set()
+
+    async def scrape(self, timeout: float) -> bytes:
+        """Return the router's Prometheus exposition. Raises grpc.RpcError, or WorkerLostError if away."""
+        stub = self._stub
+        if stub is None:
+            raise WorkerLostError("the router is away", worker_id="router")
+        try:
+            response = await stub.Scrape(worker_pb2.ScrapeRequest(), timeout=timeout, metadata=self._metadata)
+        except asyncio.CancelledError:
+            if cancelled_from_outside():
+                raise
+            raise WorkerLostError("the router went away", worker_id="router") from None
+        return response.exposition
+
+    # -- stream --------------------------------------------------------------------------------------
+
+    async def _attach(self, stub: router_pb2_grpc.RouterAsyncStub) -> None:
+        call = stub.Attach(metadata=self._metadata)
+        writer = asyncio.create_task(self._send_events(call))
+        patience = CONNECT_TIMEOUT_S
+        try:
+            while True:
+                async with asyncio.timeout(patience):
+                    message = await call.read()
+                if not isinstance(message, router_pb2.ClusterView):
+                    return
+                self._on_view(message)
+                self._stub, self.connected, self._link.answered = stub, True, True
+                # The router speaks every heartbeat; one that is silent is stuck, whatever TCP says.
+                patience = max(CONNECT_TIMEOUT_S, self._config.dead_after_s)
+        finally:
+            self._stub, self.connected = None, False
+            writer.cancel()
+            await asyncio.gather(writer, return_exceptions=True)
+            self._events.clear()
+            call.cancel()
+
+    async def _send_events(self, call: grpc.aio.StreamStreamCall[Any, Any]) -> None:
+        await call.write(router_pb2.FrontendReport(frontend_id=self.frontend_id))
+        while True:
+            await self._events_ready.wait()
+            self._events_ready.clear()
+            while self._events:
+                batch = self._events[: wire.MAX_REQUEST_EVENTS]
+                del self._events[: len(batch)]
+                await call.write(router_pb2.FrontendReport(events=batch))
+
+    def _on_view(self, message: router_pb2.ClusterView) -> None:
+        states = {state.info.worker_id: state for state in map(wire.state_from_proto, message.workers)}
+        now, before = self._clock(), self.view.version
+        self._follow_router(message, now)
+        missing = [state for key, state in self.view.workers.items() if key not in states]
+        if self._settles_at is not None and (not missing or now >= self._settles_at):
+            self._settles_at = None
+        for state in states.values():
+            if self.view.workers.get(state.info.worker_id) != state:
+                self._local.worker_report(WorkerReport(state.info, state.status, state.load), now)
+        if self._settles_at is None:
+            for state in missing:
+                self._local.worker_left(state.info.worker_id, state.info.incarnation)
+        if self.view.version != before:
+            self._tell()
+
+    def _follow_router(self, message: router_pb2.ClusterView, now: float) -> None:
+        self.router_pid = message.router_pid
+        if message.router_incarnation != self._router_incarnation:
+            if self._router_incarnation:
+                self._settles_at = now + self._config.dead_after_s
+            self._router_incarnation = message.router_incarnation
+
+    def _tell(self) -> None:
+        changed, self._changed = self._changed, asyncio.Event()
+        changed.set()
+        for callback in self._callbacks:
+            callback(self.view)

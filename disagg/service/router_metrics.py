@@ -1,0 +1,56 @@
+"""What the router counts, under the names of the project's contract."""
+
+from __future__ import annotations
+
+from collections import Counter as Tally
+from collections.abc import Mapping
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+from disagg.types import Role, WorkerState, WorkerStatus
+
+# A decision takes tens of microseconds with a few workers and some hundred with thousands.
+DECISION_BUCKETS = (
+    *(10e-6, 20e-6, 30e-6, 50e-6, 75e-6, 100e-6, 150e-6, 200e-6, 300e-6, 500e-6, 750e-6),
+    *(1e-3, 2e-3, 5e-3, 10e-3, 50e-3),
+)
+_STATES = (WorkerStatus.STARTING, WorkerStatus.READY, WorkerStatus.DRAINING)
+
+
+class RouterMetrics:
+    """One router's series, in a registry of their own."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        self.decision = Histogram(
+            "disagg_router_decision_seconds",
+            "Time to place one request.",
+            buckets=DECISION_BUCKETS,
+            registry=self.registry,
+        )
+        self._placements = Counter(
+            "disagg_router_placements",
+            "Placements by policy and kind.",
+            ("policy", "kind"),
+            registry=self.registry,
+        )
+        self._workers = Gauge(
+            "disagg_workers",
+            "Workers that live, by role and state.",
+            ("role", "state"),
+            registry=self.registry,
+        )
+        self._counted: Tally[tuple[str, str]] = Tally()
+
+    def exposition(
+        self, workers: Mapping[str, WorkerState], placements: Mapping[tuple[str, str], int]
+    ) -> bytes:
+        """Return everything in Prometheus' text format, with the cluster as it is now."""
+        for (policy, kind), total in placements.items():
+            self._placements.labels(policy, kind).inc(total - self._counted[policy, kind])
+            self._counted[policy, kind] = total
+        alive = Tally((state.info.role, state.status) for state in workers.values())
+        for role in Role:
+            for status in _STATES:
+                self._workers.labels(role.value, status.value).set(alive[role, status])
+        return generate_latest(self.registry)

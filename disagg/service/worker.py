@@ -1,0 +1,420 @@
+"""Worker: one thread steps the engine; the asyncio side enqueues commands and forwards what a step made.
+
+    front end ══Session══►  asyncio loop  ──commands──►  engine thread
+              ◄═outputs═══                ◄──one call per step──
+
+The engine thread owns the engine: nothing else touches it. Commands are closures on a queue, on which the
+thread sleeps when there is no work, so an idle worker uses no CPU. Everything else here (sessions, leases,
+pulls) belongs to the loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import queue
+import threading
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import grpc
+import grpc.aio
+
+from disagg.engine.engine import Engine, Reservation
+from disagg.errors import DisaggError, InvalidRequestError, KVLostError, LayoutMismatchError
+from disagg.hashing import BlockHash
+from disagg.service import wire
+from disagg.service.metrics import WorkerMetrics
+from disagg.types import KVHandle, Request, StepOutput, WorkerInfo, WorkerLoad, WorkerStatus
+from disagg.v1 import worker_pb2, worker_pb2_grpc
+
+logger = logging.getLogger(__name__)
+
+Context = grpc.aio.ServicerContext[Any, Any]
+
+
+class PullResult(Protocol):
+    """What a pull moved; `seconds` is the copy alone."""
+
+    @property
+    def transport(self) -> str: ...
+    @property
+    def num_bytes(self) -> int: ...
+    @property
+    def seconds(self) -> float: ...
+
+
+class KVPublisher(Protocol):
+    """The side of a hand-off that computed the KV."""
+
+    def publish(self, request_id: str, key: bytes, block_ids: Sequence[int], num_tokens: int) -> KVHandle:
+        """Open a lease. The owner is told once, through its callback, when the blocks are free again."""
+        ...
+
+    def drop(self, request_id: str) -> None:
+        """End a lease from the owner's side."""
+        ...
+
+
+class KVPuller(Protocol):
+    """The side of a hand-off that goes on."""
+
+    def keep_alive(self, handle: KVHandle) -> None:
+        """Renew the lease in the background until it is pulled or let go."""
+        ...
+
+    async def let_go(self, handle: KVHandle) -> None:
+        """Stop renewing a lease that will not be pulled, and tell its owner."""
+        ...
+
+    async def pull(self, handle: KVHandle, first_block: int, local_block_ids: Sequence[int]) -> PullResult:
+        """Copy blocks and end the lease. Raises KVLostError or LayoutMismatchError; then nothing counts."""
+        ...
+
+    async def probe(self, worker_id: str) -> str:
+        """Exercise a hand-off from a peer; return the transport's name. Raises as pull does."""
+        ...
+
+
+class StateReporter(Protocol):
+    """Whoever tells the router how this worker is."""
+
+    def report(
+        self,
+        status: WorkerStatus,
+        load: WorkerLoad,
+        *,
+        stored: Sequence[BlockHash] = (),
+        removed: Sequence[BlockHash] = (),
+    ) -> None: ...
+
+
+@dataclass(slots=True)
+class _Session:
+    """One front end's stream, and which requests it owns."""
+
+    outbox: asyncio.Queue[worker_pb2.SequenceOutput] = field(default_factory=asyncio.Queue)
+    requests: set[str] = field(default_factory=set)
+
+
+@dataclass(slots=True)
+class _Tracked:
+    """What the loop knows of a request inside the engine."""
+
+    session: _Session
+    arrived: float
+    hold_key: bytes = b""
+    handle: KVHandle | None = None
+    pull: asyncio.Task[None] | None = None
+    published: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class _StepReport:
+    """What one step hands from the engine thread to the loop."""
+
+    outputs: list[StepOutput]
+    held: dict[str, tuple[list[int], int]]
+    reservations: list[Reservation]
+    load: WorkerLoad
+    stored: list[BlockHash]
+    removed: list[BlockHash]
+
+
+class Worker(worker_pb2_grpc.WorkerServicer):
+    """Serves sessions over one engine. Create it on the loop that will run it."""
+
+    def __init__(
+        self,
+        info: WorkerInfo,
+        engine: Engine,
+        publisher: KVPublisher,
+        puller: KVPuller,
+        reporter: StateReporter,
+        metrics: WorkerMetrics,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.info = info
+        self._engine = engine
+        self._publisher = publisher
+        self._puller = puller
+        self._reporter = reporter
+        self._metrics = metrics
+        self._clock = clock
+        self._loop = asyncio.get_running_loop()
+        self._commands: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._run_engine, name="engine", daemon=True)
+        self._tracked: dict[str, _Tracked] = {}
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self._status = WorkerStatus.READY
+        # As of the last step or command; the loop's copy.
+        self.load = WorkerLoad()
+        # Resolves when the engine thread ends, with its exception if it died of one.
+        self.stopped: asyncio.Future[None] = self._loop.create_future()
+
+    # -- life ------------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        self._thread.start()
+        self._reporter.report(self._status, WorkerLoad())
+
+    async def stop(self) -> None:
+        """End the engine thread after its current step. Requests in it are cut off; sessions see EOF."""
+        self._commands.put(None)
+        await asyncio.to_thread(self._thread.join)
+        for task in list(self._tasks):
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    def on_lease_ended(self, request_id: str) -> None:
+        """Give the blocks of published KV back; the publisher calls this once per lease, on the loop."""
+        self._forget(request_id)
+        self._commands.put(lambda: _ignore(self._engine.release(request_id)))
+
+    # -- engine thread ---------------------------------------------------------------------------
+
+    def _run_engine(self) -> None:
+        error: BaseException | None = None
+        try:
+            while self._apply_commands():
+                if self._engine.has_work():
+                    outputs = self._engine.step(self._clock())
+                    self._to_loop(self._after_step, self._step_report(outputs))
+        except BaseException as caught:
+            # A step's own failure is handled by the engine; reaching this point is a defect, and a worker
+            # whose engine is gone must not look healthy.
+            logger.exception("engine thread died")
+            error = caught
+        self._to_loop(self._set_stopped, error)
+
+    def _apply_commands(self) -> bool:
+        """Run queued commands; sleep for one if the engine has nothing to do. False means stop."""
+        ran = False
+        while True:
+            try:
+                command = self._commands.get(block=not ran and not self._engine.has_work())
+            except queue.Empty:
+                break
+            if command is None:
+                return False
+            command()
+            ran = True
+        if ran and not self._engine.has_work():
+            # Nothing will step, yet loads and blocks may have changed (a release, an abort).
+            self._to_loop(self._after_step, self._step_report([]))
+        return True
+
+    def _step_report(self, outputs: list[StepOutput]) -> _StepReport:
+        events = self._engine.block_events()
+        held = {output.request_id: self._held_blocks(output.request_id) for output in outputs if output.held}
+        return _StepReport(
+            outputs=outputs,
+            held=held,
+            reservations=self._engine.take_reservations(),
+            load=self._engine.load(),
+            stored=list(events.stored),
+            removed=list(events.removed),
+        )
+
+    def _held_blocks(self, request_id: str) -> tuple[list[int], int]:
+        return self._engine.held_blocks(request_id), self._engine.num_computed_tokens(request_id)
+
+    def _to_loop(self, function: Callable[..., None], *args: object) -> None:
+        try:
+            self._loop.call_soon_threadsafe(function, *args)
+        except RuntimeError:
+            # The loop is closed: the process is going away and nobody is left to tell.
+            logger.debug("loop closed before the engine thread ended")
+
+    # -- loop side: what a step made ---------------------------------------------------------------
+
+    def _set_stopped(self, error: BaseException | None) -> None:
+        if self.stopped.done():
+            return
+        if error is None:
+            self.stopped.set_result(None)
+        else:
+            self.stopped.set_exception(error)
+
+    def _after_step(self, report: _StepReport) -> None:
+        # Reservations first: one that needed no copy runs already, and may even have ended in this step.
+        for reservation in report.reservations:
+            self._begin_pull(reservation)
+        for output in report.outputs:
+            self._forward(output, report.held.get(output.request_id))
+        self.load = report.load
+        self._metrics.observe_engine(report.load, self._engine_counters())
+        self._reporter.report(self._status, report.load, stored=report.stored, removed=report.removed)
+
+    def _engine_counters(self) -> tuple[int, int, int]:
+        counters = self._engine.counters
+        return counters.prefix_queries, counters.prefix_hits, counters.preemptions
+
+    def _forward(self, output: StepOutput, held: tuple[list[int], int] | None) -> None:
+        tracked = self._tracked.get(output.request_id)
+        if tracked is None:
+            # Cancelled while the step ran; its abort is on the queue, and so is the release of held blocks.
+            return
+        if held is not None:
+            block_ids, num_tokens = held
+            self._publisher.publish(output.request_id, tracked.hold_key, block_ids, num_tokens)
+            tracked.published = True
+        tracked.session.outbox.put_nowait(wire.output_to_proto(output))
+        if output.finish_reason is not None:
+            self._forget(output.request_id)
+
+    def _forget(self, request_id: str) -> None:
+        tracked = self._tracked.pop(request_id, None)
+        if tracked is not None:
+            tracked.session.requests.discard(request_id)
+
+    # -- loop side: commands -----------------------------------------------------------------------
+
+    def _submit(self, session: _Session, message: worker_pb2.Submit) -> None:
+        try:
+            request = wire.request_from_proto(message, now=self._clock())
+            handle = wire.handle_from_proto(message.handle) if message.HasField("handle") else None
+            if request.request_id in self._tracked:
+                raise InvalidRequestError("request_id is in use", param="request_id")
+            if handle is not None and handle.num_tokens >= len(request.token_ids):
+                raise InvalidRequestError("handle covers more than the request's tokens", param="handle")
+        except DisaggError as error:
+            session.outbox.put_nowait(wire.error_to_proto(message.request_id, error))
+            return
+        tracked = _Tracked(session, self._clock(), hold_key=message.hold_key, handle=handle)
+        self._tracked[request.request_id] = tracked
+        session.requests.add(request.request_id)
+        if handle is not None:
+            self._puller.keep_alive(handle)
+        remote_kv = handle.num_tokens if handle is not None else 0
+        self._commands.put(lambda: self._add(request, bool(message.hold_key), remote_kv))
+
+    def _add(self, request: Request, hold: bool, remote_kv: int) -> None:
+        try:
+            self._engine.add(request, now=self._clock(), hold=hold, remote_kv=remote_kv)
+        except DisaggError as error:
+            self._to_loop(self._refuse, request.request_id, error)
+
+    def _refuse(self, request_id: str, error: DisaggError) -> None:
+        tracked = self._tracked.get(request_id)
+        if tracked is None:
+            return
+        tracked.session.outbox.put_nowait(wire.error_to_proto(request_id, error))
+        if tracked.handle is not None:
+            self._spawn(self._puller.let_go(tracked.handle))
+        self._forget(request_id)
+
+    def _cancel(self, request_id: str) -> None:
+        tracked = self._tracked.get(request_id)
+        if tracked is None:
+            return
+        if tracked.published:
+            # Ends the lease, which releases the blocks.
+            self._publisher.drop(request_id)
+            return
+        self._forget(request_id)
+        if tracked.pull is not None:
+            self._spawn(self._abort_after(tracked.pull, request_id))
+            return
+        if tracked.handle is not None:
+            self._spawn(self._puller.let_go(tracked.handle))
+        self._abort(request_id)
+
+    def _abort(self, request_id: str) -> None:
+        self._commands.put(lambda: _ignore(self._engine.abort(request_id)))
+
+    async def _abort_after(self, pull: asyncio.Task[None], request_id: str) -> None:
+        """Free a receiving request's blocks only once nobody writes into them any more."""
+        pull.cancel()
+        await asyncio.gather(pull, return_exceptions=True)
+        self._abort(request_id)
+
+    def _spawn(self, coroutine: Any) -> asyncio.Task[Any]:
+        task = self._loop.create_task(coroutine)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
+
+    # -- loop side: hand-off -----------------------------------------------------------------------
+
+    def _begin_pull(self, reservation: Reservation) -> None:
+        tracked = self._tracked.get(reservation.request_id)
+        if tracked is None or tracked.handle is None:
+            return  # cancelled meanwhile; the abort is on the queue
+        tracked.pull = self._spawn(self._receive(reservation, tracked, tracked.handle))
+
+    async def _receive(self, reservation: Reservation, tracked: _Tracked, handle: KVHandle) -> None:
+        """Fill reserved blocks from the peer, or leave them to be recomputed; then let the request run."""
+        request_id = reservation.request_id
+        first_block = reservation.num_cached_tokens // self.info.block_size
+        report = worker_pb2.TransferReport(local_tokens=reservation.num_cached_tokens)
+        try:
+            result = await self._puller.pull(handle, first_block, reservation.block_ids[first_block:])
+        except Exception as error:
+            # Whatever went wrong, the tokens are known: a defect in a transport costs time, not the request.
+            expected = isinstance(error, KVLostError | LayoutMismatchError)
+            logger.warning("%s: KV not received, recomputing: %s", request_id, error, exc_info=not expected)
+            num_computed = reservation.num_cached_tokens
+            report.recomputed = True
+            report.reason = error.type if isinstance(error, DisaggError) else "internal_error"
+        else:
+            num_computed = handle.num_tokens
+            report.transport, report.bytes = result.transport, result.num_bytes
+            self._metrics.observe_pull(result.transport, result.num_bytes, result.seconds)
+        tracked.pull = None
+        report.seconds = self._clock() - tracked.arrived
+        tracked.session.outbox.put_nowait(worker_pb2.SequenceOutput(request_id=request_id, transfer=report))
+        self._commands.put(lambda: self._engine.activate(request_id, num_computed, self._clock()))
+
+    # -- gRPC --------------------------------------------------------------------------------------
+
+    # Writes instead of yielding: a generator that waits in `yield` when its peer vanishes is finalised only
+    # some time later, and its requests would run on until then.
+    async def Session(  # type: ignore[override]
+        self, request_iterator: AsyncIterator[worker_pb2.SessionRequest], context: Context
+    ) -> None:
+        session = _Session()
+        reader = self._spawn(self._read_session(session, request_iterator))
+        writer = self._spawn(self._write_session(session, context))
+        try:
+            await asyncio.wait({reader, writer}, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            # The front end is gone or done: whatever it still runs here would be computed for nobody.
+            reader.cancel()
+            writer.cancel()
+            for request_id in list(session.requests):
+                self._cancel(request_id)
+
+    @staticmethod
+    async def _write_session(session: _Session, context: Context) -> None:
+        """Send everything that is queued as one message, again and again."""
+        while True:
+            outputs = [await session.outbox.get()]
+            while not session.outbox.empty():
+                outputs.append(session.outbox.get_nowait())
+            await context.write(worker_pb2.SessionResponse(outputs=outputs))
+
+    async def _read_session(
+        self, session: _Session, messages: AsyncIterator[worker_pb2.SessionRequest]
+    ) -> None:
+        async for message in messages:
+            if message.HasField("submit"):
+                self._submit(session, message.submit)
+            elif message.cancel.request_id in session.requests:
+                self._cancel(message.cancel.request_id)
+
+    async def Probe(self, request: worker_pb2.ProbeRequest, context: Context) -> worker_pb2.ProbeResponse:
+        try:
+            transport = await self._puller.probe(request.worker_id)
+        except (KVLostError, LayoutMismatchError) as error:
+            return worker_pb2.ProbeResponse(ok=False, error=error.message)
+        return worker_pb2.ProbeResponse(ok=True, transport=transport)
+
+    async def Scrape(self, request: worker_pb2.ScrapeRequest, context: Context) -> worker_pb2.ScrapeResponse:
+        return worker_pb2.ScrapeResponse(exposition=self._metrics.exposition())
+
+
+def _ignore(_value: object) -> None:
+    """Drop a command's result, so that it fits the queue's type."""

@@ -1,0 +1,56 @@
+"""KVTransfer messages as types, and back. What came from a peer is checked here, before anything is done."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+
+from disagg.errors import KVLostError, LayoutMismatchError
+from disagg.types import KVHandle, KVLayout
+from disagg.v1 import worker_pb2
+
+KEY_BYTES = 16
+MAX_ID_CHARS = 256
+PROBE_REQUEST_ID = "probe"
+
+_LAYOUT_FIELDS = ("model", "dtype", "block_size", "num_layers", "num_kv_heads", "head_dim", "tp_size")
+
+
+def layout_to_proto(layout: KVLayout) -> worker_pb2.KVLayout:
+    return worker_pb2.KVLayout(**{name: getattr(layout, name) for name in _LAYOUT_FIELDS})
+
+
+def check_same_layout(ours: KVLayout, theirs: worker_pb2.KVLayout) -> None:
+    """Raise LayoutMismatchError naming every field that differs."""
+    differences = [
+        f"{name}: {getattr(ours, name)!r} here, {getattr(theirs, name)!r} there"
+        for name in _LAYOUT_FIELDS
+        if getattr(ours, name) != getattr(theirs, name)
+    ]
+    if differences:
+        raise LayoutMismatchError("KV layouts differ in " + "; ".join(differences))
+
+
+def handle_to_proto(handle: KVHandle) -> worker_pb2.KVHandle:
+    return worker_pb2.KVHandle(
+        worker_id=handle.worker_id,
+        incarnation=handle.incarnation,
+        request_id=handle.request_id,
+        key=handle.key,
+        num_tokens=handle.num_tokens,
+    )
+
+
+def handle_from_proto(message: worker_pb2.KVHandle) -> KVHandle:
+    """Raises KVLostError where no lease can have such a handle."""
+    ids = (message.worker_id, message.incarnation, message.request_id)
+    if len(message.key) != KEY_BYTES or not all(0 < len(item) <= MAX_ID_CHARS for item in ids):
+        raise KVLostError("malformed KV handle")
+    return KVHandle(*ids, message.key, message.num_tokens)
+
+
+def probe_handle(worker_id: str, incarnation: str, secret: str) -> KVHandle:
+    """Return the claim on a worker's scratch block, which any member of the cluster can derive."""
+    text = f"{PROBE_REQUEST_ID}/{worker_id}/{incarnation}".encode()
+    key = hmac.new(secret.encode(), text, hashlib.sha256).digest()[:KEY_BYTES]
+    return KVHandle(worker_id, incarnation, PROBE_REQUEST_ID, key, num_tokens=1)
