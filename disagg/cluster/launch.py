@@ -64,15 +64,19 @@ def start_ray(address: str | None = None) -> None:
     prepare_environment()
     import ray
 
+    # What Ray and Serve tell of themselves while they start is noise here; their errors are not.
+    for name in ("ray", "ray.serve"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
     address = address or os.environ.get("RAY_ADDRESS")
     if address:
-        ray.init(address=address, logging_level=logging.WARNING, log_to_driver=False)
+        ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False)
         return
     ray.init(
         num_cpus=os.cpu_count(),
         include_dashboard=False,
         object_store_memory=OBJECT_STORE_BYTES,
-        logging_level=logging.WARNING,
+        logging_level=logging.ERROR,
         log_to_driver=False,
         _node_ip_address="127.0.0.1",
     )

@@ -146,8 +146,11 @@ class Scheduler:
         """Return the next batch, with blocks for all of it allocated; it may be empty."""
         items: list[ScheduledSequence] = []
         num_preemptions = self.num_preemptions
-        prefills = [seq for seq in self.running if seq.num_uncomputed_tokens > 1]
-        self._schedule_decodes(items, now)
+        decodes: list[Sequence] = []
+        prefills: list[Sequence] = []
+        for seq in self.running:
+            (decodes if seq.num_uncomputed_tokens == 1 else prefills).append(seq)
+        self._schedule_decodes(decodes, items, now)
         budget = self._token_budget - len(items)
         for seq in prefills:
             if budget == 0:
@@ -159,8 +162,7 @@ class Scheduler:
             self._admit(items, budget, now)
         return Batch(tuple(items))
 
-    def _schedule_decodes(self, items: list[ScheduledSequence], now: float) -> None:
-        decodes = [seq for seq in self.running if seq.num_uncomputed_tokens == 1]
+    def _schedule_decodes(self, decodes: list[Sequence], items: list[ScheduledSequence], now: float) -> None:
         for seq in decodes:
             if seq.status is SequenceStatus.RUNNING and self._grow(seq):
                 self._schedule_one(seq, 1, items, now)
@@ -169,7 +171,7 @@ class Scheduler:
         """Put as much of `seq` as `budget` allows into the batch; return how many tokens that is."""
         if seq.first_scheduled_at is None:
             seq.first_scheduled_at = now
-        num_tokens = min(seq.num_uncomputed_tokens, budget)
+        num_tokens = 1 if budget == 1 else min(seq.num_uncomputed_tokens, budget)
         items.append(ScheduledSequence(seq, num_tokens))
         return num_tokens
 
@@ -198,9 +200,11 @@ class Scheduler:
 
     def advance(self, seq: Sequence, num_tokens: int) -> None:
         """Account for tokens that a step has computed: blocks that they filled can be found from now on."""
-        first = seq.num_computed_tokens // self._block_size
-        seq.num_computed_tokens += num_tokens
-        self._register(seq, first)
+        before = seq.num_computed_tokens
+        seq.num_computed_tokens = before + num_tokens
+        # Most decode steps end within a block and are done here.
+        if before % self._block_size + num_tokens >= self._block_size:
+            self._register(seq, before // self._block_size)
 
     # -- admission ---------------------------------------------------------------------------------
 
@@ -297,8 +301,8 @@ class Scheduler:
         """Let a sequence run whose KV arrived (or did not: then the rest is computed here)."""
         del self.receiving[seq.request_id]
         self._reservations.pop(seq.request_id, None)
-        # At least the last token is computed here, whatever the peer sent.
-        received = min(num_computed_tokens, seq.remote_kv, seq.num_tokens - 1)
+        # Never more than was asked for, which is less than all: the last token is always computed here.
+        received = min(num_computed_tokens, seq.remote_kv)
         seq.remote_kv = 0
         self._run(seq)
         if received > seq.num_computed_tokens:

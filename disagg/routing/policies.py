@@ -18,8 +18,10 @@ from disagg.routing.types import Placement, PlacementKind, PlacementRequest
 from disagg.routing.view import ClusterView, Floats, Pools, Slots, max_tokens
 
 # Costs are in tokens of prefill, the unit in which queues are reported. Until latency is predicted:
+# computing a token takes this request's time, and as much again from whoever comes next,
+COMPUTE_COST = 2.0
 # moving a token's KV costs about a tenth of computing it,
-TRANSFER_COST = 0.1
+TRANSFER_COST = 0.2
 # a further sequence in a decode batch lengthens everybody's steps by about this much work,
 SEQUENCE_COST = 16.0
 # an almost full KV cache costs like this many tokens,
@@ -129,8 +131,12 @@ def choose_pair(
 
 
 def prefill_costs(view: ClusterView, uncached: Floats | float) -> Floats:
-    """Tokens that are computed before the request has its first one."""
-    return view.queued_tokens + uncached
+    """The wait for what is queued, and the computing of what is not cached.
+
+    With the latter counted once, a burst with one prefix would be prefilled everywhere: waiting for the
+    first of them takes as long as computing the prefix again.
+    """
+    return view.queued_tokens + COMPUTE_COST * uncached
 
 
 def decode_costs(view: ClusterView, new_blocks: Floats | float) -> Floats:
@@ -184,7 +190,7 @@ class PrefixAware:
     """Least work, where cached tokens need none: neither prefill on P nor transfer to D.
 
     A shared prefix draws a request to where it is cached until the queue there is longer than elsewhere by
-    more than the prefix saves, so a popular prefix spreads over as many workers as its load needs.
+    more than the prefix saves (COMPUTE_COST times its tokens), so a popular prefix spreads over as many workers as its load needs.
     """
 
     name = "prefix_aware"

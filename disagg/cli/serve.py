@@ -1,0 +1,186 @@
+"""`disagg serve`: a whole cluster on this machine, or on the Ray that RAY_ADDRESS names."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from disagg.cluster.launch import check_port_free, start_ray
+from disagg.config import ClusterConfig, expand_dotted, load_config, parse_config
+from disagg.errors import ConfigError
+from disagg.types import Role
+
+console = Console(stderr=True)
+
+_Model = Annotated[str | None, typer.Argument(help="Local folder with safetensors; none: the bundled model.")]
+_Config = Annotated[Path | None, typer.Option("--config", help="YAML file; every flag has its key there.")]
+
+
+def serve(
+    model: _Model = None,
+    prefill: Annotated[int | None, typer.Option(help="Prefill workers.")] = None,
+    decode: Annotated[int | None, typer.Option(help="Decode workers.")] = None,
+    mixed: Annotated[int | None, typer.Option(help="Workers that do both (colocated).")] = None,
+    host: Annotated[str | None, typer.Option(help="Address to listen on.")] = None,
+    port: Annotated[int | None, typer.Option(help="HTTP port.")] = None,
+    grpc_port: Annotated[int | None, typer.Option(help="gRPC port.")] = None,
+    served_model_name: Annotated[str | None, typer.Option(help="Name that clients use.")] = None,
+    api_key: Annotated[str | None, typer.Option(envvar="DISAGG_API_KEY", help="Require this key.")] = None,
+    max_model_len: Annotated[int | None, typer.Option(help="Longest prompt plus output, tokens.")] = None,
+    max_num_seqs: Annotated[int | None, typer.Option(help="Sequences in one step.")] = None,
+    max_num_batched_tokens: Annotated[int | None, typer.Option(help="Tokens in one step.")] = None,
+    block_size: Annotated[int | None, typer.Option(help="Tokens in one KV block.")] = None,
+    kv_cache_memory: Annotated[float | None, typer.Option(help="Bytes, or a fraction of memory.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="auto, float32, bfloat16 or float16.")] = None,
+    kv_transport: Annotated[str | None, typer.Option(help="auto, shm or grpc.")] = None,
+    config: _Config = None,
+) -> None:
+    """Start prefill and decode workers, the router and the front end; end them all on Ctrl-C."""
+    flags = {
+        "model.path": model,
+        "prefill.replicas": prefill,
+        "decode.replicas": decode,
+        "mixed.replicas": mixed,
+        "frontend.host": host,
+        "frontend.port": port,
+        "frontend.grpc_port": grpc_port,
+        "model.served_model_name": served_model_name,
+        "frontend.api_key": api_key,
+        "model.max_model_len": max_model_len,
+        "engine.max_num_seqs": max_num_seqs,
+        "engine.max_num_batched_tokens": max_num_batched_tokens,
+        "engine.block_size": block_size,
+        "engine.kv_cache_memory": kv_cache_memory,
+        "model.dtype": dtype,
+        "transfer.kv_transport": kv_transport,
+    }
+    try:
+        settings = merge_flags(config, flags)
+        check(settings)
+        run(settings)
+    except ConfigError as error:
+        console.print(f"[bold red]error:[/] {error.message}", highlight=False)
+        raise typer.Exit(2) from None
+
+
+def merge_flags(path: Path | None, flags: dict[str, Any]) -> ClusterConfig:
+    """Return the file's settings with the given flags over them. Raises ConfigError."""
+    data = expand_dotted(load_config(path)) if path is not None else {}
+    for key, value in flags.items():
+        if value is not None:
+            *folders, leaf = key.split(".")
+            target = data
+            for folder in folders:
+                target = target.setdefault(folder, {})
+            target[leaf] = value
+    return parse_config(data)
+
+
+def check(config: ClusterConfig) -> None:
+    """Raise ConfigError for what would only fail after the cluster is half up."""
+    folder = config.model.folder
+    if not (folder / "config.json").is_file():
+        raise ConfigError(
+            f"model: no checkpoint in {folder} (a folder with config.json and safetensors is needed)",
+            param="model",
+        )
+    if config.mixed.replicas == 0 and (config.prefill.replicas == 0 or config.decode.replicas == 0):
+        raise ConfigError("prefill and decode need at least one worker each", param="prefill")
+    if config.transfer.kv_transport in ("nccl", "nixl"):
+        raise ConfigError(
+            f"kv_transport: {config.transfer.kv_transport} is not available in this version; use shm or grpc",
+            param="kv_transport",
+        )
+    check_port_free(config.frontend.host, config.frontend.port, param="port")
+    check_port_free(config.frontend.host, config.frontend.grpc_port, param="grpc_port")
+
+
+def run(config: ClusterConfig) -> None:
+    """Bring everything up, wait for a signal, take everything down."""
+    started = time.monotonic()
+    try:
+        with _cluster(config):
+            stop = threading.Event()
+            _stop_on_signals(stop)
+            console.print(f"ready in {time.monotonic() - started:.1f} s\n", style="bold green")
+            _print_how_to_ask(config)
+            stop.wait()
+            console.print("stopping", style="dim")
+    except KeyboardInterrupt:
+        console.print("interrupted", style="dim")
+        raise typer.Exit(130) from None
+
+
+def _stop_on_signals(stop: threading.Event) -> None:
+    """First SIGINT or SIGTERM: leave in order. Second: at once. Set up last, since ray.init sets its own."""
+
+    def handle(signum: int, frame: object) -> None:
+        if stop.is_set():
+            os._exit(130)
+        stop.set()
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, handle)
+
+
+@contextlib.contextmanager
+def _cluster(config: ClusterConfig) -> Iterator[None]:
+    """Ray, pools and the Serve application, in an order that loads models while Serve starts."""
+    console.print("starting Ray", style="dim")
+    start_ray()
+    import ray
+    from ray import serve as ray_serve
+
+    from disagg.cluster.controller import get_or_create_controller
+    from disagg.frontend.app import build
+
+    controller: Any = None
+    try:
+        controller = get_or_create_controller(config, secrets.token_hex(32))
+        pools = controller.start.remote()
+        console.print(f"loading {config.model.name}: {_pools(config)}", style="dim")
+        ray_serve.start(http_options={"host": config.frontend.host, "port": config.frontend.port})
+        ray.get(pools)
+        console.print("starting the front end", style="dim")
+        application = build(config.model_dump(mode="json"))
+        ray_serve.run(application, name="disagg", route_prefix="/")
+        yield
+    finally:
+        if controller is not None:
+            with contextlib.suppress(Exception):
+                ray.get(controller.shutdown.remote(), timeout=5)
+        # Serve's own processes belong to this Ray and end with it.
+        ray.shutdown()
+
+
+def _pools(config: ClusterConfig) -> str:
+    counts = {role.value: config.pool(role).replicas for role in Role}
+    return " + ".join(f"{count} {name}" for name, count in counts.items() if count)
+
+
+def _print_how_to_ask(config: ClusterConfig) -> None:
+    front = config.frontend
+    url = f"http://{front.host}:{front.port}"
+    key = ' -H "Authorization: Bearer $DISAGG_API_KEY"' if front.api_key else ""
+    out = Console()
+    out.print(f"HTTP     {url}/v1\ngRPC     {front.host}:{front.grpc_port}\nmetrics  {url}/metrics\n")
+    out.print("Ask it something:\n", style="bold")
+    out.print(
+        f"  curl -N {url}/v1/chat/completions{key} -H 'Content-Type: application/json' \\\n"
+        '    -d \'{"messages": [{"role": "user", "content": "Hello, what can you do?"}], "stream": true}\'\n',
+        highlight=False,
+        soft_wrap=True,
+    )
+    out.print(f"  disagg chat --address {front.host}:{front.grpc_port}", highlight=False)
+    out.print(f"  disagg status --url {url}\n", highlight=False)
+    out.print("Ctrl-C stops everything.", style="dim")

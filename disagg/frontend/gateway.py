@@ -1,0 +1,177 @@
+"""One front end, put together: router client, worker streams, orchestrator, tokenizer, gRPC server.
+
+Knows nothing of Ray, so that a test can run it beside workers in one process.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import time
+import uuid
+from collections.abc import Awaitable, Callable
+from importlib.metadata import version
+from typing import Any
+
+import grpc
+
+from disagg.config import ClusterConfig
+from disagg.errors import WorkerLostError
+from disagg.frontend.backend import Readiness, load_sampling_defaults
+from disagg.frontend.grpc_service import create_grpc_server
+from disagg.model.config import read_spec
+from disagg.routing.view import ClusterView
+from disagg.service.metrics import FrontendMetrics, merge_expositions
+from disagg.service.orchestrator import Orchestrator, ServedModel
+from disagg.service.router_client import RouterClient
+from disagg.service.tokenizer import Tokenizer
+from disagg.service.worker_pool import WorkerPool
+from disagg.types import Role, WorkerInfo, WorkerStatus
+
+logger = logging.getLogger(__name__)
+
+START_TIMEOUT_S = 60.0
+PEER_TIMEOUT_S = 3.0
+# Load balancers ask every second or so; each answer exercises a real hand-off, so one answer serves a while.
+READY_TTL_S = 1.0
+
+
+class Gateway:
+    """Backend of the HTTP app and of the gRPC service."""
+
+    def __init__(
+        self, config: ClusterConfig, secret: str, router_address: Callable[[], Awaitable[str]]
+    ) -> None:
+        self.config = config.frontend
+        self.model_name = config.model.name
+        self.version = version("disagg")
+        self.tokenizer = Tokenizer(config.model.folder)
+        spec = read_spec(config.model.folder)
+        self.vocab_size = spec.vocab_size
+        self.eos_token_ids = tuple(spec.eos_token_ids)
+        self.sampling_defaults = load_sampling_defaults(config.model.folder)
+        self._cluster_config = config
+        self._id = f"frontend-{uuid.uuid4().hex[:12]}"
+        self._metrics = FrontendMetrics()
+        self._router = RouterClient(self._id, router_address, secret, config.router)
+        self._workers = WorkerPool(secret, self._worker_info)
+        self._readiness: tuple[float, Readiness] | None = None
+        self._grpc: grpc.aio.Server | None = None
+
+    async def start(self) -> None:
+        """Attach to the router, learn the model from its workers, open the gRPC port.
+
+        Raises NoCapacityError when no worker shows up in time.
+        """
+        await self._router.start()
+        self._router.on_view_change(self._follow_view)
+        view = await self._router.wait_ready(START_TIMEOUT_S)
+        any_worker = next(iter(view.workers.values())).info
+        self.max_model_len = any_worker.max_model_len
+        self.generator = Orchestrator(
+            self._id,
+            ServedModel(any_worker.model_fingerprint, any_worker.block_size, any_worker.max_model_len),
+            self._router,
+            self._workers,
+            self._metrics,
+            max_resumes=self._cluster_config.router.max_resumes,
+        )
+        front = self.config
+        self._grpc = create_grpc_server(self, front.api_key, front.host, front.grpc_port)
+        await self._grpc.start()
+
+    async def stop(self) -> None:
+        if self._grpc is not None:
+            await self._grpc.stop(0.5)
+        await self._workers.close()
+        await self._router.close()
+
+    # -- view --------------------------------------------------------------------------------------
+
+    def _worker_info(self, worker_id: str) -> WorkerInfo | None:
+        state = self._router.view.workers.get(worker_id)
+        return state.info if state is not None else None
+
+    def _follow_view(self, view: ClusterView) -> None:
+        self._workers.prune({key: state.info.incarnation for key, state in view.workers.items()})
+
+    # -- Backend -----------------------------------------------------------------------------------
+
+    async def ready(self) -> Readiness:
+        """A prefill and a decode worker that hand a block over right now; cached for a second."""
+        now = time.monotonic()
+        if self._readiness is None or now - self._readiness[0] > READY_TTL_S:
+            self._readiness = (now, await self._exercise_handoff())
+        return self._readiness[1]
+
+    async def _exercise_handoff(self) -> Readiness:
+        by_role: dict[Role, list[str]] = {role: [] for role in Role}
+        for worker_id, state in self._router.view.workers.items():
+            if state.status is WorkerStatus.READY:
+                by_role[state.info.role].append(worker_id)
+        if by_role[Role.MIXED]:
+            return Readiness(True, ())
+        missing = [role.value for role in (Role.PREFILL, Role.DECODE) if not by_role[role]]
+        if missing:
+            return Readiness(False, tuple(f"no {role} worker is ready" for role in missing))
+        pairs = [(prefill, decode) for decode in by_role[Role.DECODE] for prefill in by_role[Role.PREFILL]]
+        reasons = await asyncio.gather(*(self._probe(*pair) for pair in pairs[:16]))
+        if None in reasons:
+            return Readiness(True, ())
+        return Readiness(False, tuple(reason for reason in reasons if reason))
+
+    async def _probe(self, prefill: str, decode: str) -> str | None:
+        """Return why `decode` can't get KV from `prefill`, or None if it can."""
+        try:
+            response = await self._workers.connect(decode).probe(prefill, PEER_TIMEOUT_S)
+        except (WorkerLostError, grpc.RpcError) as error:
+            return f"{decode} can't be reached: {error}"
+        return None if response.ok else f"{decode} can't pull from {prefill}: {response.error}"
+
+    async def metrics(self) -> bytes:
+        """Return this front end's metrics and those of the router and all workers as one exposition."""
+        sources = [self._scrape("router", self._router.scrape(PEER_TIMEOUT_S))]
+        for worker_id in self._router.view.workers:
+            sources.append(self._scrape(worker_id, self._scrape_worker(worker_id)))
+        parts = [(self._id, self._metrics.exposition()), *await asyncio.gather(*sources)]
+        return merge_expositions(parts)
+
+    async def _scrape_worker(self, worker_id: str) -> bytes:
+        return await self._workers.connect(worker_id).scrape(PEER_TIMEOUT_S)
+
+    async def _scrape(self, name: str, answer: Awaitable[bytes]) -> tuple[str, bytes]:
+        try:
+            return name, await answer
+        except (WorkerLostError, grpc.RpcError) as error:
+            # One process that is down must not hide the others, least of all then.
+            logger.warning("no metrics from %s: %s", name, error)
+            return name, b""
+
+    async def status(self) -> dict[str, Any]:
+        """Return what `disagg status --json` prints."""
+        workers = [
+            {
+                "id": worker_id,
+                "role": state.info.role.value,
+                "state": state.status.value,
+                "pid": state.info.pid,
+                "host": state.info.host,
+                "address": state.info.address,
+                "incarnation": state.info.incarnation,
+                "kv_blocks_total": state.info.kv_blocks_total,
+                "kv_blocks_used": state.load.kv_blocks_used,
+                "kv_blocks_cached": state.load.kv_blocks_cached,
+                "num_running": state.load.num_running,
+                "num_waiting": state.load.num_waiting,
+                "num_held": state.load.num_held,
+            }
+            for worker_id, state in sorted(self._router.view.workers.items())
+        ]
+        return {
+            "model": self.model_name,
+            "version": self.version,
+            "workers": workers,
+            "router": {"pid": self._router.router_pid, "connected": self._router.connected},
+            "frontend": {"id": self._id, "pid": os.getpid()},
+        }
