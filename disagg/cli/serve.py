@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
+import httpx
 import typer
 from rich.console import Console
 
@@ -21,6 +22,8 @@ from disagg.errors import ConfigError
 from disagg.types import Role
 
 console = Console(stderr=True)
+
+ANSWER_TIMEOUT_S = 30.0
 
 _Model = Annotated[str | None, typer.Argument(help="Local folder with safetensors; none: the bundled model.")]
 _Config = Annotated[Path | None, typer.Option("--config", help="YAML file; every flag has its key there.")]
@@ -154,6 +157,7 @@ def _cluster(config: ClusterConfig) -> Iterator[None]:
         console.print("starting the front end", style="dim")
         application = build(config.model_dump(mode="json"))
         ray_serve.run(application, name="disagg", route_prefix="/")
+        _wait_until_answering(config)
         yield
     finally:
         if controller is not None:
@@ -161,6 +165,26 @@ def _cluster(config: ClusterConfig) -> Iterator[None]:
                 ray.get(controller.shutdown.remote(), timeout=5)
         # Serve's own processes belong to this Ray and end with it.
         ray.shutdown()
+
+
+def _wait_until_answering(config: ClusterConfig) -> None:
+    """Return when HTTP requests get through: the proxy in front takes a moment longer than the application.
+
+    Raises ConfigError where they don't within ANSWER_TIMEOUT_S.
+    """
+    front = config.frontend
+    deadline = time.monotonic() + ANSWER_TIMEOUT_S
+    while True:
+        try:
+            answer = httpx.get(f"http://{front.host}:{front.port}/health", timeout=5, trust_env=False)
+            if answer.status_code < 500:
+                return
+            problem = "the proxy has no application"
+        except httpx.HTTPError as error:
+            problem = str(error)
+        if time.monotonic() > deadline:
+            raise ConfigError(f"port: no answer on {front.host}:{front.port}: {problem}", param="port")
+        time.sleep(0.1)
 
 
 def _pools(config: ClusterConfig) -> str:

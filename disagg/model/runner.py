@@ -162,7 +162,7 @@ def load_runner(
     spec = read_spec(folder)
     cache_layout, planned = plan_cache(spec, engine_config, dtype=dtype, device=device)
     num_blocks = planned if num_blocks is None else num_blocks
-    limit = _model_len(spec, max_model_len, num_blocks * cache_layout.block_size)
+    limit = _model_len(spec, max_model_len, (num_blocks - 1) * cache_layout.block_size)
     kv_cache = KVCache(cache_layout, num_blocks, buffer=buffer, device=device)
     with torch.inference_mode():
         model = Transformer(spec, dtype=kv_cache.dtype, device=torch.device(device))

@@ -108,6 +108,7 @@ class _Tracked:
     hold_key: bytes = b""
     handle: KVHandle | None = None
     pull: asyncio.Task[None] | None = None
+    pull_begun: bool = False
     published: bool = False
 
 
@@ -263,6 +264,9 @@ class Worker(worker_pb2_grpc.WorkerServicer):
             tracked.published = True
         tracked.session.outbox.put_nowait(wire.output_to_proto(output))
         if output.finish_reason is not None:
+            if tracked.handle is not None and not tracked.pull_begun:
+                # It ended before its blocks were pulled (a deadline, a failed batch): nobody will now.
+                self._spawn(self._puller.let_go(tracked.handle))
             self._forget(output.request_id)
 
     def _forget(self, request_id: str) -> None:
@@ -343,6 +347,7 @@ class Worker(worker_pb2_grpc.WorkerServicer):
         tracked = self._tracked.get(reservation.request_id)
         if tracked is None or tracked.handle is None:
             return  # cancelled meanwhile; the abort is on the queue
+        tracked.pull_begun = True
         tracked.pull = self._spawn(self._receive(reservation, tracked, tracked.handle))
 
     async def _receive(self, reservation: Reservation, tracked: _Tracked, handle: KVHandle) -> None:

@@ -101,50 +101,55 @@ def test_a_client_that_leaves_frees_both_sides(served: Served, client: openai.Op
     served.wait_no_blocks(5.0)
 
 
-async def _burst(served: Served, num_requests: int, kill: list[str]) -> list[str]:
-    """Run streaming requests at once; kill one worker after the other while they run."""
+TOKENS = 150
+
+
+async def _burst(served: Served, num_requests: int, victims: dict[int, int]) -> list[str]:
+    """Run streaming requests at once. victims: {chunks received by all of them: pid to kill just then}."""
+    received = 0
+
+    async def one(client: openai.AsyncOpenAI, index: int) -> str:
+        nonlocal received
+        stream = await client.completions.create(
+            model=MODEL,
+            # The first words differ, so that prefixes are not shared and prefill has work to do.
+            prompt=" ".join(str(index + offset) for offset in range(40)),
+            max_tokens=TOKENS,
+            temperature=0,
+            stream=True,
+            extra_body={"ignore_eos": True},
+            timeout=120,
+        )
+        text, reasons = "", []
+        async for chunk in stream:
+            text += chunk.choices[0].text
+            reasons += [chunk.choices[0].finish_reason] if chunk.choices[0].finish_reason else []
+            received += 1
+            if received in victims:
+                os.kill(victims[received], signal.SIGKILL)
+        assert reasons == ["length"]
+        return text
+
     async with openai.AsyncOpenAI(base_url=f"{served.url}/v1", api_key="none", max_retries=0) as client:
-
-        async def one(index: int) -> str:
-            stream = await client.completions.create(
-                model=MODEL,
-                # The first words differ, so that prefixes are not shared and prefill has work to do.
-                prompt=f"{index} {index + 1} {index + 2} {index + 3}",
-                max_tokens=120,
-                temperature=0,
-                stream=True,
-                extra_body={"ignore_eos": True},
-                timeout=120,
-            )
-            text, reasons = "", []
-            async for chunk in stream:
-                text += chunk.choices[0].text
-                reasons += [chunk.choices[0].finish_reason] if chunk.choices[0].finish_reason else []
-            assert reasons == ["length"]
-            return text
-
-        tasks = [asyncio.create_task(one(index)) for index in range(num_requests)]
-        for victim in kill:
-            await asyncio.sleep(1.0)
-            os.kill(await asyncio.to_thread(served.pid_of, victim), signal.SIGKILL)
-        return list(await asyncio.gather(*tasks))
+        return list(await asyncio.gather(*(one(client, index) for index in range(num_requests))))
 
 
 async def _fault_free_and_faulty(served: Served, num_requests: int) -> None:
-    expected = await _burst(served, num_requests, [])
+    expected = await _burst(served, num_requests, {})
     before = await asyncio.to_thread(served.metric, "disagg_request_resumes_total")
-    victims = ["prefill-0", "decode-0"]
-    old = {victim: served.pid_of(victim) for victim in victims}
-    answers = await _burst(served, num_requests, victims)
+    old = {victim: await asyncio.to_thread(served.pid_of, victim) for victim in ("prefill-0", "decode-0")}
+    # Prefill dies while most prompts are still waiting for it, decode in the middle of everything.
+    total = num_requests * TOKENS
+    answers = await _burst(served, num_requests, {10: old["prefill-0"], total // 3: old["decode-0"]})
     assert answers == expected
     await asyncio.to_thread(served.wait_no_blocks)
     assert await asyncio.to_thread(served.metric, "disagg_request_resumes_total") > before
 
     def replaced() -> bool:
-        return all(served.pid_of(victim) != old[victim] for victim in victims)
+        return all(served.pid_of(victim) != pid for victim, pid in old.items())
 
     await asyncio.to_thread(served.wait_for, replaced, 60.0, "dead workers are replaced")
-    assert (await asyncio.to_thread(served.get, "/ready")).status_code == 200
+    await asyncio.to_thread(served.wait_for, lambda: served.get("/ready").status_code == 200, 10.0, "ready")
 
 
 async def test_killed_workers_cost_no_token(served: Served) -> None:
