@@ -141,13 +141,30 @@ class ClusterConfig(_Frozen):
 def parse_config(data: dict[str, Any]) -> ClusterConfig:
     """Validate a mapping as it came from YAML, Serve or flags. Raises ConfigError naming each bad key."""
     try:
-        return ClusterConfig.model_validate(data)
+        config = ClusterConfig.model_validate(data)
     except ValidationError as error:
         problems = "; ".join(
             f"{'.'.join(str(part) for part in item['loc'])}: {item['msg']}" for item in error.errors()
         )
         first = error.errors()[0]["loc"]
         raise ConfigError(problems, param=".".join(str(part) for part in first)) from None
+    _refuse_unavailable(config)
+    return config
+
+
+def _refuse_unavailable(config: ClusterConfig) -> None:
+    """Raise ConfigError for settings that have a name but nothing behind it yet; none is ignored."""
+    if config.transfer.kv_transport in ("nccl", "nixl"):
+        raise ConfigError(
+            f"kv_transport: {config.transfer.kv_transport} is not available in this version; use shm or grpc",
+            param="kv_transport",
+        )
+    if config.model.quantization is not None:
+        raise ConfigError("quantization is not available in this version", param="quantization")
+    if any(config.pool(role).tensor_parallel_size != 1 for role in Role):
+        raise ConfigError(
+            "tensor_parallel_size: only 1 is available in this version", param="tensor_parallel_size"
+        )
 
 
 def expand_dotted(data: dict[str, Any]) -> dict[str, Any]:

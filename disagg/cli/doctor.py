@@ -42,7 +42,7 @@ def inspect_machine() -> Iterator[Finding]:
         "Python", (3, 11) <= sys.version_info[:2] <= (3, 12), f"{version}; 3.11 and 3.12 are tested"
     )
     yield Finding("cores", None, f"{os.cpu_count()}; workers share them unless threads are set")
-    for package in ("torch", "ray", "grpcio", "transformers", "tokenizers", "safetensors"):
+    for package in ("torch", "ray", "grpcio", "tokenizers", "safetensors"):
         yield _package(package, needed=True)
     for package in ("triton", "nixl"):
         yield _package(package, needed=False)

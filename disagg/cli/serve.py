@@ -45,6 +45,12 @@ def serve(
     block_size: Annotated[int | None, typer.Option(help="Tokens in one KV block.")] = None,
     kv_cache_memory: Annotated[float | None, typer.Option(help="Bytes, or a fraction of memory.")] = None,
     dtype: Annotated[str | None, typer.Option(help="auto, float32, bfloat16 or float16.")] = None,
+    quantization: Annotated[str | None, typer.Option(help="Not available in this version.")] = None,
+    tensor_parallel_size: Annotated[
+        int | None, typer.Option("--tensor-parallel-size", "-tp", help="Only 1 in this version.")
+    ] = None,
+    prefill_tp: Annotated[int | None, typer.Option(help="The prefill pool's own -tp.")] = None,
+    decode_tp: Annotated[int | None, typer.Option(help="The decode pool's own -tp.")] = None,
     kv_transport: Annotated[str | None, typer.Option(help="auto, shm or grpc.")] = None,
     config: _Config = None,
 ) -> None:
@@ -65,6 +71,9 @@ def serve(
         "engine.block_size": block_size,
         "engine.kv_cache_memory": kv_cache_memory,
         "model.dtype": dtype,
+        "model.quantization": quantization,
+        "prefill.tensor_parallel_size": prefill_tp if prefill_tp is not None else tensor_parallel_size,
+        "decode.tensor_parallel_size": decode_tp if decode_tp is not None else tensor_parallel_size,
         "transfer.kv_transport": kv_transport,
     }
     try:
@@ -99,11 +108,6 @@ def check(config: ClusterConfig) -> None:
         )
     if config.mixed.replicas == 0 and (config.prefill.replicas == 0 or config.decode.replicas == 0):
         raise ConfigError("prefill and decode need at least one worker each", param="prefill")
-    if config.transfer.kv_transport in ("nccl", "nixl"):
-        raise ConfigError(
-            f"kv_transport: {config.transfer.kv_transport} is not available in this version; use shm or grpc",
-            param="kv_transport",
-        )
     check_port_free(config.frontend.host, config.frontend.port, param="port")
     check_port_free(config.frontend.host, config.frontend.grpc_port, param="grpc_port")
 

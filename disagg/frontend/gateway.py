@@ -54,7 +54,15 @@ class Gateway:
         self._cluster_config = config
         self._id = f"frontend-{uuid.uuid4().hex[:12]}"
         self._metrics = FrontendMetrics()
-        self._router = RouterClient(self._id, router_address, secret, config.router)
+        self._router = RouterClient(
+            self._id,
+            router_address,
+            secret,
+            config.router,
+            on_stale_placement=lambda placement: self._metrics.placements.labels(
+                placement.policy, placement.kind.value
+            ).inc(),
+        )
         self._workers = WorkerPool(secret, self._worker_info)
         self._readiness: tuple[float, Readiness] | None = None
         self._grpc: grpc.aio.Server | None = None

@@ -190,7 +190,7 @@ class PrefixAware:
     """Least work, where cached tokens need none: neither prefill on P nor transfer to D.
 
     A shared prefix draws a request to where it is cached until the queue there is longer than elsewhere by
-    more than the prefix saves (COMPUTE_COST times its tokens), so a popular prefix spreads over as many workers as its load needs.
+    more than COMPUTE_COST times the prefix, so a popular one spreads over as many workers as it needs.
     """
 
     name = "prefix_aware"

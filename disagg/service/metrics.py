@@ -109,8 +109,9 @@ class FrontendMetrics:
         self.requests = self._counter("requests", "Requests by how they ended.", ("outcome",))
         self.resumes = self._counter("request_resumes", "Requests continued after a fault.", ("cause",))
         self.slo = self._counter("slo_attained", "Requests by whether they met an objective.", ("slo", "met"))
+        # The router counts its own; a front end adds those that it made while the router was away.
         self.placements = self._counter(
-            "frontend_placements", "Placements by a front end's own last view.", ("kind",)
+            "router_placements", "Placements by policy and kind.", ("policy", "kind")
         )
         for outcome in ("stop", "length", "abort", "error", "shed", "deadline", "invalid"):
             self.requests.labels(outcome)

@@ -47,6 +47,7 @@ class _Peer:
         self.wake.set()
         self.info: WorkerInfo | None = None
         self.want_snapshot = False
+        self.ending = False
         self.superseded = asyncio.Event()
 
 
@@ -265,6 +266,10 @@ class RouterServer(router_pb2_grpc.RouterServicer):
         try:
             await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
             problem = self._problem(tasks)
+            # A write that is cut off halfway still occupies the call, which then can't be ended in order.
+            peer.ending = True
+            peer.wake.set()
+            await asyncio.wait(tasks[1:2], timeout=STOP_GRACE_S)
         finally:
             self._peers.discard(peer)
             for task in tasks:
@@ -299,6 +304,8 @@ class RouterServer(router_pb2_grpc.RouterServicer):
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(heartbeat_s):
                     await peer.wake.wait()
+            if peer.ending:
+                return
             peer.wake.clear()
             await context.write(message())
 

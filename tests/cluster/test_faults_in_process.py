@@ -116,6 +116,7 @@ async def test_streams_do_not_notice_a_router_restart(cluster: Cluster, counting
     await cluster.router.stop()
     while_away = await ask(cluster, counting[:100], max_tokens=20, cache_salt="away")
     assert while_away.token_ids == expected.token_ids[:20]
+    assert 'kind="stale_view"' in (await cluster.gateway.metrics()).decode()
     cluster.router = RouterServer(cluster.config.router, SECRET)
     cluster.address = await cluster.router.start("127.0.0.1")
     assert (await running).token_ids == expected.token_ids

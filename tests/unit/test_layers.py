@@ -28,7 +28,8 @@ LEAVES = LAYERS[0]
 CONFINED = {
     "ray": {"cluster", "frontend", "cli"},
     "torch": {"model", "cluster", "tinymodel", "cli"},
-    "fastapi": {"frontend"},
+    "starlette": {"frontend"},
+    "transformers": {"tinymodel"},
 }
 RAY_FILES_OUTSIDE_CLUSTER = {"disagg/frontend/app.py", "disagg/cli/serve.py"}
 
