@@ -11,14 +11,16 @@ from typing import Any, NoReturn
 
 import grpc
 import grpc.aio
+import numpy as np
 
 from disagg.errors import DisaggError, KVLostError, LayoutMismatchError
 from disagg.transfer.leases import LeaseTable
 from disagg.transfer.segment import SharedSegment, host_id
 from disagg.transfer.wire import (
+    canary_bytes,
+    check_published,
     check_same_layout,
     handle_from_proto,
-    handle_to_proto,
     layout_to_proto,
     probe_handle,
 )
@@ -39,7 +41,8 @@ _STATUS = {
 class KVTransferService(worker_pb2_grpc.KVTransferServicer):
     """Publishes blocks of `segment` under leases. Lives on one event loop.
 
-    on_released: called once per published request, when its blocks may be used for something else.
+    chunk_bytes: size of a Pull's messages, rounded down to whole blocks. on_released: called once per
+    published request, when its blocks may be used for something else. clock: seconds.
     """
 
     def __init__(
@@ -64,13 +67,19 @@ class KVTransferService(worker_pb2_grpc.KVTransferServicer):
         self._clock = clock
         self._leases = LeaseTable(lease_s)
         self._timer: asyncio.TimerHandle | None = None
-        self._probe = probe_handle(worker_id, incarnation, secret)
         self._host_id = host_id()
+        self._probe = probe_handle(worker_id, incarnation, secret)
+        segment.canary[:] = np.frombuffer(canary_bytes(self._probe, segment.block_bytes), np.uint8)
 
     # -- owner ---------------------------------------------------------------------------------------
 
     def publish(self, request_id: str, key: bytes, block_ids: Sequence[int], num_tokens: int) -> KVHandle:
-        """Open a lease. Raises ValueError where the request has one already."""
+        """Open a lease on the blocks that hold a request's first `num_tokens` tokens, in order.
+
+        Raises InvalidRequestError naming a field that can't be published, ValueError where the request is
+        published already; then on_released is not called.
+        """
+        check_published(request_id, key)
         self._leases.publish(request_id, key, block_ids, num_tokens, self._clock())
         self._arm()
         return KVHandle(self._worker_id, self._incarnation, request_id, key, num_tokens)
@@ -78,16 +87,24 @@ class KVTransferService(worker_pb2_grpc.KVTransferServicer):
     def drop(self, request_id: str) -> None:
         """End a request's lease, if it has one, from the owner's side."""
         if self._leases.drop(request_id):
-            self._on_released(request_id)
+            self._give_back(request_id)
 
     async def close(self) -> None:
+        """End every lease. Peers' calls are the server's to end."""
         if self._timer is not None:
             self._timer.cancel()
+            self._timer = None
+        for request_id in self._leases.clear():
+            self._give_back(request_id)
 
     def _arm(self) -> None:
-        """Set the timer for the earliest end, unless one is set: renewals only make it early."""
+        """Set the timer for the earliest end, unless one is set: every lease has the same length, so a later
+        one ends later, and renewals only make the timer early.
+        """
+        if self._timer is not None:
+            return
         expiry = self._leases.next_expiry()
-        if self._timer is None and expiry is not None:
+        if expiry is not None:
             delay = max(0.0, expiry - self._clock())
             self._timer = asyncio.get_running_loop().call_later(delay, self._sweep)
 
@@ -95,8 +112,15 @@ class KVTransferService(worker_pb2_grpc.KVTransferServicer):
         self._timer = None
         for request_id in self._leases.sweep(self._clock()):
             logger.warning("request %s: its KV lease ran out", request_id)
-            self._on_released(request_id)
+            self._give_back(request_id)
         self._arm()
+
+    def _give_back(self, request_id: str) -> None:
+        try:
+            self._on_released(request_id)
+        except Exception:
+            # One request's failure must not keep the blocks of those after it.
+            logger.exception("request %s: its blocks could not be given back", request_id)
 
     # -- peers ---------------------------------------------------------------------------------------
 
@@ -105,27 +129,25 @@ class KVTransferService(worker_pb2_grpc.KVTransferServicer):
     ) -> worker_pb2.ConnectResponse:
         try:
             check_same_layout(self._layout, request.layout)
-        except LayoutMismatchError as error:
+            segment = self._segment.describe() if request.host_id == self._host_id else None
+        except (KVLostError, LayoutMismatchError) as error:
             await _refuse(context, error)
-        response = worker_pb2.ConnectResponse(
+        return worker_pb2.ConnectResponse(
             worker_id=self._worker_id,
             incarnation=self._incarnation,
             layout=layout_to_proto(self._layout),
             host_id=self._host_id,
-            transports=["grpc"],
+            transports=["grpc"] if segment is None else ["grpc", "shm"],
+            segment=segment,
             num_blocks=self._segment.num_blocks,
         )
-        if request.host_id == self._host_id:
-            response.transports.append("shm")
-            response.segment.CopyFrom(self._segment.describe())
-        return response
 
     async def Locate(self, request: worker_pb2.LocateRequest, context: Context) -> worker_pb2.LocateResponse:
         try:
-            blocks = self._claimed(request.handle, request.first_block)
+            rows = self._claimed_rows(request.handle, request.first_block)
         except KVLostError as error:
             await _refuse(context, error)
-        return worker_pb2.LocateResponse(block_ids=blocks)
+        return worker_pb2.LocateResponse(block_ids=rows)
 
     async def Pull(
         self, request: worker_pb2.PullRequest, context: Context
@@ -135,61 +157,69 @@ class KVTransferService(worker_pb2_grpc.KVTransferServicer):
             while total is None or position < total:
                 # Looked up anew for each chunk and read without a pause: the lease may end in between, and
                 # from then on the blocks are somebody else's.
-                blocks = self._claimed(request.handle, position)
-                total = position + len(blocks)
-                if blocks:
-                    yield self._chunk(position, blocks[: self._blocks_per_chunk])
+                rows = self._claimed_rows(request.handle, position)
+                total = position + len(rows)
+                if rows:
+                    yield self._chunk(position, rows[: self._blocks_per_chunk])
                 position += self._blocks_per_chunk
         except KVLostError as error:
             await _refuse(context, error)
 
-    def _chunk(self, position: int, block_ids: Sequence[int]) -> worker_pb2.PullChunk:
-        blocks = self._segment.blocks[list(block_ids)]
+    def _chunk(self, position: int, rows: Sequence[int]) -> worker_pb2.PullChunk:
+        blocks = self._segment.rows[list(rows)]
         return worker_pb2.PullChunk(
             first_block=position,
             data=blocks.tobytes(),
             checksums=[zlib.crc32(block) for block in blocks],
         )
 
-    def _claimed(self, message: worker_pb2.KVHandle, first_block: int) -> Sequence[int]:
-        """Return the blocks that a handle claims, from the given one on. Raises KVLostError."""
-        handle = handle_from_proto(message)
+    def _claimed_rows(self, message: worker_pb2.KVHandle, first_block: int) -> Sequence[int]:
+        """Return the segment's rows that a handle claims, from the given block on. Raises KVLostError."""
+        handle = self._claim(message)
+        rows: Sequence[int]
         if handle == self._probe:
-            return (0,)
-        if handle.incarnation != self._incarnation:
-            raise KVLostError("the worker was restarted since")
-        lease = self._leases.lookup(handle.request_id, handle.key, self._clock())
-        if not 0 <= first_block <= len(lease.block_ids):
-            raise KVLostError("first_block is out of range")
-        return lease.block_ids[first_block:]
+            rows = (self._segment.num_blocks,)
+        else:
+            rows = self._leases.lookup(handle, self._clock()).block_ids
+        if not 0 <= first_block <= len(rows):
+            raise KVLostError(f"first_block must be in [0, {len(rows)}], got {first_block}")
+        return rows[first_block:]
+
+    def _claim(self, message: worker_pb2.KVHandle) -> KVHandle:
+        """Return the handle if it is well-formed and means this very worker. Raises KVLostError."""
+        handle = handle_from_proto(message)
+        if (handle.worker_id, handle.incarnation) != (self._worker_id, self._incarnation):
+            raise KVLostError("the handle names another worker or one from before a restart")
+        return handle
 
     async def Renew(self, request: worker_pb2.RenewRequest, context: Context) -> worker_pb2.RenewResponse:
         if len(request.handles) > MAX_RENEWALS:
-            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "too many handles")
+            await context.abort(
+                grpc.StatusCode.INVALID_ARGUMENT,
+                f"handles: at most {MAX_RENEWALS}, got {len(request.handles)}",
+            )
         now = self._clock()
-        return worker_pb2.RenewResponse(
-            valid=[self._leases.renew(_bare_handle(item), now) for item in request.handles]
-        )
+        return worker_pb2.RenewResponse(valid=[self._renewed(item, now) for item in request.handles])
+
+    def _renewed(self, message: worker_pb2.KVHandle, now: float) -> bool:
+        try:
+            self._leases.renew(self._claim(message), now)
+        except KVLostError:
+            return False
+        return True
 
     async def Release(
         self, request: worker_pb2.ReleaseRequest, context: Context
     ) -> worker_pb2.ReleaseResponse:
-        handle = _bare_handle(request.handle)
+        try:
+            handle = self._claim(request.handle)
+        except KVLostError:
+            return worker_pb2.ReleaseResponse(valid=False)
         valid = self._leases.release(handle, self._clock())
         if valid:
-            self._on_released(handle.request_id)
+            self._give_back(handle.request_id)
         return worker_pb2.ReleaseResponse(valid=valid)
-
-
-def _bare_handle(message: worker_pb2.KVHandle) -> KVHandle:
-    """Return the handle as it came: a malformed one just matches no lease."""
-    return KVHandle(
-        message.worker_id, message.incarnation, message.request_id, message.key, message.num_tokens
-    )
 
 
 async def _refuse(context: Context, error: DisaggError) -> NoReturn:
     await context.abort(_STATUS[type(error)], error.message)
-
-
-__all__ = ["KVTransferService", "handle_to_proto"]

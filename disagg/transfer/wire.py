@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import hmac
 
-from disagg.errors import KVLostError, LayoutMismatchError
+from disagg.errors import InvalidRequestError, KVLostError, LayoutMismatchError
 from disagg.types import KVHandle, KVLayout
 from disagg.v1 import worker_pb2
 
@@ -14,6 +14,8 @@ MAX_ID_CHARS = 256
 PROBE_REQUEST_ID = "probe"
 
 _LAYOUT_FIELDS = ("model", "dtype", "block_size", "num_layers", "num_kv_heads", "head_dim", "tp_size")
+# Longer than any fingerprint; a peer must not choose how long our error messages are.
+_MAX_SHOWN_CHARS = 80
 
 
 def layout_to_proto(layout: KVLayout) -> worker_pb2.KVLayout:
@@ -23,12 +25,16 @@ def layout_to_proto(layout: KVLayout) -> worker_pb2.KVLayout:
 def check_same_layout(ours: KVLayout, theirs: worker_pb2.KVLayout) -> None:
     """Raise LayoutMismatchError naming every field that differs."""
     differences = [
-        f"{name}: {getattr(ours, name)!r} here, {getattr(theirs, name)!r} there"
+        f"{name}: {_shown(getattr(ours, name))} here, {_shown(getattr(theirs, name))} there"
         for name in _LAYOUT_FIELDS
         if getattr(ours, name) != getattr(theirs, name)
     ]
     if differences:
         raise LayoutMismatchError("KV layouts differ in " + "; ".join(differences))
+
+
+def _shown(value: str | int) -> str:
+    return ascii(value)[:_MAX_SHOWN_CHARS]
 
 
 def handle_to_proto(handle: KVHandle) -> worker_pb2.KVHandle:
@@ -49,8 +55,21 @@ def handle_from_proto(message: worker_pb2.KVHandle) -> KVHandle:
     return KVHandle(*ids, message.key, message.num_tokens)
 
 
+def check_published(request_id: str, key: bytes) -> None:
+    """Raise InvalidRequestError naming the field with which no peer could claim the KV."""
+    if len(key) != KEY_BYTES:
+        raise InvalidRequestError(f"hold_key must have {KEY_BYTES} bytes, got {len(key)}", param="hold_key")
+    if not 0 < len(request_id) <= MAX_ID_CHARS:
+        raise InvalidRequestError(f"request_id must have 1 to {MAX_ID_CHARS} characters", param="request_id")
+
+
 def probe_handle(worker_id: str, incarnation: str, secret: str) -> KVHandle:
-    """Return the claim on a worker's scratch block, which any member of the cluster can derive."""
+    """Return the claim on a worker's canary block, which any member of the cluster can derive."""
     text = f"{PROBE_REQUEST_ID}/{worker_id}/{incarnation}".encode()
     key = hmac.new(secret.encode(), text, hashlib.sha256).digest()[:KEY_BYTES]
     return KVHandle(worker_id, incarnation, PROBE_REQUEST_ID, key, num_tokens=1)
+
+
+def canary_bytes(probe: KVHandle, num_bytes: int) -> bytes:
+    """Return what the canary block behind a probe's handle holds: no two workers' are alike."""
+    return hashlib.shake_256(probe.key).digest(num_bytes)

@@ -1,0 +1,168 @@
+"""Peers, agreed upon: one connection per (worker_id, incarnation), and the transport that fits it.
+
+connect: who answers is who was meant? same layout? same host and its memory can be mapped?
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Callable, Collection
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import grpc.aio
+
+from disagg.config import KVTransport
+from disagg.errors import ConfigError, KVLostError
+from disagg.rpc import cluster_channel, secret_metadata
+from disagg.transfer.calls import answered, peer_errors
+from disagg.transfer.readers import BlockReader, SharedMemoryReader, StreamReader
+from disagg.transfer.segment import host_id, map_peer
+from disagg.transfer.wire import check_same_layout, layout_to_proto
+from disagg.types import KVLayout
+from disagg.v1 import worker_pb2, worker_pb2_grpc
+
+logger = logging.getLogger(__name__)
+
+# worker_id, incarnation
+Peer = tuple[str, str]
+# Returns address and incarnation of a worker as the cluster knows them.
+Resolve = Callable[[str], tuple[str, str] | None]
+
+MAX_PEER_BLOCKS = 2**31
+# Copies are bound by memory bandwidth, which two threads exhaust.
+COPY_THREADS = 2
+_TRANSPORTS = ("auto", "shm", "grpc")
+
+
+@dataclass(frozen=True, slots=True)
+class Connection:
+    """A peer that has the same layout. reader: how its blocks are read."""
+
+    channel: grpc.aio.Channel
+    stub: worker_pb2_grpc.KVTransferAsyncStub
+    reader: BlockReader
+
+
+class Connections:
+    """One worker's connections to its peers. own: the worker itself, as it introduces itself.
+
+    Raises ConfigError where the transport is not one of those that exist here.
+    """
+
+    def __init__(
+        self,
+        layout: KVLayout,
+        own: Peer,
+        secret: str,
+        resolve: Resolve,
+        *,
+        transport: KVTransport,
+        timeout_s: float,
+    ) -> None:
+        if transport not in _TRANSPORTS:
+            raise ConfigError(
+                f"kv_transport: {transport} is not available; use one of {_TRANSPORTS}", param="kv_transport"
+            )
+        self._layout = layout
+        self._own = own
+        self.metadata = secret_metadata(secret)
+        self._resolve = resolve
+        self._transport = transport
+        self._timeout_s = timeout_s
+        self._host_id = host_id()
+        self._executor = ThreadPoolExecutor(COPY_THREADS, thread_name_prefix="kv-copy")
+        self._agreed: dict[Peer, asyncio.Task[Connection]] = {}
+        self._closing: set[asyncio.Task[None]] = set()
+
+    def incarnation(self, worker_id: str) -> str:
+        """Return which incarnation of a worker lives. Raises KVLostError where none does."""
+        known = self._resolve(worker_id)
+        if known is None:
+            raise KVLostError(f"worker {worker_id} is not in the cluster")
+        return known[1]
+
+    async def connect(self, peer: Peer) -> Connection:
+        """Return the connection to a peer, a new one the first time.
+
+        Raises KVLostError where the cluster knows no such peer or it can't be reached, LayoutMismatchError.
+        """
+        known = self._resolve(peer[0])
+        if known is None or known[1] != peer[1]:
+            raise KVLostError(f"worker {peer[0]} has left or was restarted")
+        task = self._agreed.get(peer)
+        if task is None or _failed(task):
+            task = self._agreed[peer] = asyncio.create_task(self._agree(peer, known[0]))
+        # Others may wait for the same connection: one of them giving up must not end it.
+        return await asyncio.shield(task)
+
+    async def _agree(self, peer: Peer, address: str) -> Connection:
+        channel = cluster_channel(address)
+        try:
+            stub = worker_pb2_grpc.KVTransferStub(channel)
+            with peer_errors(peer[0]):
+                response = await answered(
+                    stub.Connect(self._introduction(), metadata=self.metadata, timeout=self._timeout_s)
+                )
+            if (response.worker_id, response.incarnation) != peer:
+                raise KVLostError(f"{address} does not answer as {peer[0]}")
+            check_same_layout(self._layout, response.layout)
+            return Connection(channel, stub, self._reader(stub, response))
+        except BaseException:
+            await channel.close()
+            raise
+
+    def _introduction(self) -> worker_pb2.ConnectRequest:
+        return worker_pb2.ConnectRequest(
+            worker_id=self._own[0],
+            incarnation=self._own[1],
+            layout=layout_to_proto(self._layout),
+            host_id=self._host_id,
+        )
+
+    def _reader(
+        self, stub: worker_pb2_grpc.KVTransferAsyncStub, response: worker_pb2.ConnectResponse
+    ) -> BlockReader:
+        """Return the fastest reader that the configuration allows and that works for this peer."""
+        if self._transport != "grpc":
+            try:
+                return self._shared_memory(stub, response)
+            except KVLostError as error:
+                if self._transport == "shm":
+                    raise
+                logger.info("KV from %s travels over gRPC: %s", response.worker_id, error.message)
+        return StreamReader(stub, self.metadata, self._layout.block_bytes)
+
+    def _shared_memory(
+        self, stub: worker_pb2_grpc.KVTransferAsyncStub, response: worker_pb2.ConnectResponse
+    ) -> SharedMemoryReader:
+        if "shm" not in response.transports or response.host_id != self._host_id:
+            raise KVLostError("the peer is on another host")
+        if not 0 < response.num_blocks < MAX_PEER_BLOCKS:
+            raise KVLostError(f"the peer says that it has {response.num_blocks} blocks")
+        segment = map_peer(response.segment, response.num_blocks, self._layout.block_bytes)
+        return SharedMemoryReader(stub, self.metadata, segment, self._executor)
+
+    def retain(self, alive: Collection[Peer]) -> None:
+        """Forget every peer that is not in `alive`: calls to it end, its memory is unmapped."""
+        for peer in [peer for peer in self._agreed if peer not in alive]:
+            closing = asyncio.create_task(_close(self._agreed.pop(peer)))
+            self._closing.add(closing)
+            closing.add_done_callback(self._closing.discard)
+
+    async def close(self) -> None:
+        self.retain(())
+        await asyncio.gather(*self._closing, return_exceptions=True)
+        self._executor.shutdown(wait=False, cancel_futures=True)
+
+
+def _failed(task: asyncio.Task[Connection]) -> bool:
+    return task.done() and (task.cancelled() or task.exception() is not None)
+
+
+async def _close(task: asyncio.Task[Connection]) -> None:
+    task.cancel()
+    with contextlib.suppress(asyncio.CancelledError, Exception):
+        await (await task).channel.close()

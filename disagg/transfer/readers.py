@@ -1,0 +1,178 @@
+"""How a peer's blocks are read: by mapping its memory, or over gRPC. NCCL and NIXL would be further readers.
+
+A reader only moves bytes. Whether they are right is known when the lease is released, see client.py.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import threading
+import zlib
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Executor
+from typing import Protocol
+
+import grpc.aio
+import numpy as np
+
+from disagg.errors import KVLostError
+from disagg.transfer.calls import DamagedKVError, answered
+from disagg.transfer.segment import Blocks, PeerSegment
+from disagg.transfer.wire import handle_to_proto
+from disagg.types import KVHandle
+from disagg.v1 import worker_pb2, worker_pb2_grpc
+
+Metadata = tuple[tuple[str, str], ...]
+
+# Copied without looking up: bounds how long a cancelled pull is waited for to about 10 ms.
+COPY_PIECE_BYTES = 32 * 1024 * 1024
+
+
+class BlockReader(Protocol):
+    """One peer's blocks, by one transport."""
+
+    @property
+    def transport(self) -> str:
+        """Its name in configuration and metrics."""
+        ...
+
+    async def read(
+        self, handle: KVHandle, first_block: int, target: Blocks, target_rows: Sequence[int]
+    ) -> None:
+        """Copy the handle's blocks from `first_block` on into rows of `target`, uint8 [n, block_bytes].
+
+        Raises KVLostError unless as many came as there are rows; what was written until then means nothing.
+        When this returns or raises, cancellation included, nothing is being written any more.
+        """
+        ...
+
+
+class SharedMemoryReader:
+    """Copies out of the peer's mapped segment, on a thread, since a long prompt takes tens of ms."""
+
+    transport = "shm"
+
+    def __init__(
+        self,
+        stub: worker_pb2_grpc.KVTransferAsyncStub,
+        metadata: Metadata,
+        segment: PeerSegment,
+        executor: Executor,
+    ) -> None:
+        self._stub = stub
+        self._metadata = metadata
+        self._segment = segment
+        self._executor = executor
+
+    async def read(
+        self, handle: KVHandle, first_block: int, target: Blocks, target_rows: Sequence[int]
+    ) -> None:
+        request = worker_pb2.LocateRequest(handle=handle_to_proto(handle), first_block=first_block)
+        response = await answered(self._stub.Locate(request, metadata=self._metadata))
+        source, rows = self._segment.rows, list(response.block_ids)
+        if len(rows) != len(target_rows) or not all(0 <= row < len(source) for row in rows):
+            raise KVLostError("the peer located other blocks than the handle covers")
+        stop = threading.Event()
+        # A future, not a task: a loop that shuts down cancels tasks, and would not wait for the thread.
+        copying = asyncio.get_running_loop().run_in_executor(
+            self._executor, _copy_rows, source, rows, target, list(target_rows), stop
+        )
+        await _to_its_end(copying, stop)
+
+
+async def _to_its_end(copying: asyncio.Future[None], stop: threading.Event) -> None:
+    """Await the copy. If this task is cancelled, end the copy before the cancellation goes on: whoever
+    cancelled gives the rows back, and nobody may write into them from then on.
+    """
+    try:
+        await asyncio.shield(copying)
+    except asyncio.CancelledError:
+        stop.set()
+        while not copying.done():
+            # Cancelled again (a caller after a time-out): the thread still writes.
+            with contextlib.suppress(asyncio.CancelledError):
+                await asyncio.wait({copying})
+        raise
+
+
+def _copy_rows(
+    source: Blocks,
+    source_rows: Sequence[int],
+    target: Blocks,
+    target_rows: Sequence[int],
+    stop: threading.Event,
+) -> None:
+    """Copy rows until told to stop; neighbours that stay neighbours go in one piece, during which numpy lets
+    the GIL go.
+    """
+    longest = max(1, COPY_PIECE_BYTES // source.shape[1])
+    for start, end in _runs(source_rows, target_rows, longest):
+        if stop.is_set():
+            return
+        count = end - start
+        first, to = source_rows[start], target_rows[start]
+        target[to : to + count] = source[first : first + count]
+
+
+def _runs(source_rows: Sequence[int], target_rows: Sequence[int], longest: int) -> Iterator[tuple[int, int]]:
+    """Yield (start, end) of stretches, `longest` at most, over which both sequences go up by one."""
+    start = 0
+    for index in range(1, len(source_rows) + 1):
+        joined = (
+            index < len(source_rows)
+            and index - start < longest
+            and source_rows[index] == source_rows[index - 1] + 1
+            and target_rows[index] == target_rows[index - 1] + 1
+        )
+        if not joined:
+            yield start, index
+            start = index
+
+
+class StreamReader:
+    """Receives blocks as a stream of checksummed chunks."""
+
+    transport = "grpc"
+
+    def __init__(
+        self, stub: worker_pb2_grpc.KVTransferAsyncStub, metadata: Metadata, block_bytes: int
+    ) -> None:
+        self._stub = stub
+        self._metadata = metadata
+        self._block_bytes = block_bytes
+
+    async def read(
+        self, handle: KVHandle, first_block: int, target: Blocks, target_rows: Sequence[int]
+    ) -> None:
+        request = worker_pb2.PullRequest(handle=handle_to_proto(handle), first_block=first_block)
+        call: grpc.aio.UnaryStreamCall[worker_pb2.PullRequest, worker_pb2.PullChunk] = self._stub.Pull(
+            request, metadata=self._metadata
+        )
+        received = 0
+        try:
+            async for chunk in call:
+                data = self._verified(chunk, first_block + received, len(target_rows) - received)
+                target[list(target_rows[received : received + len(data)])] = data
+                received += len(data)
+        finally:
+            call.cancel()
+        if received != len(target_rows):
+            raise DamagedKVError(f"the peer sent {received} of {len(target_rows)} blocks")
+
+    def _verified(self, chunk: worker_pb2.PullChunk | None, expected_block: int, missing: int) -> Blocks:
+        """Return a chunk's blocks, uint8 [n, block_bytes], 0 < n <= missing. Raises DamagedKVError."""
+        if chunk is None:
+            raise DamagedKVError("a chunk can't be read")
+        count = len(chunk.checksums)
+        if not 0 < count <= missing:
+            raise DamagedKVError(f"a chunk has {count} blocks where 1 to {missing} are missing")
+        if chunk.first_block != expected_block:
+            raise DamagedKVError(f"block {chunk.first_block} came where {expected_block} was due")
+        if len(chunk.data) != count * self._block_bytes:
+            raise DamagedKVError(f"{count} blocks came with {len(chunk.data)} bytes")
+        blocks = np.frombuffer(chunk.data, np.uint8).reshape(count, self._block_bytes)
+        for index, checksum in enumerate(chunk.checksums):
+            if zlib.crc32(blocks[index]) != checksum:
+                raise DamagedKVError(f"block {expected_block + index} failed its checksum")
+        return blocks
