@@ -31,5 +31,8 @@ proto: setup
 proto-check: setup
 	$(BIN)/python proto/generate.py --check
 
+bench: setup
+	$(BIN)/python benchmarks/kv_transfer.py
+
 clean:
 	rm -rf $(VENV) build dist *.egg-info
