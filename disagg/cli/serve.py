@@ -19,6 +19,7 @@ from rich.console import Console
 from disagg.cluster.launch import check_port_free, start_ray
 from disagg.config import ClusterConfig, expand_dotted, load_config, parse_config
 from disagg.errors import ConfigError
+from disagg.model.config import read_spec
 from disagg.types import Role
 
 console = Console(stderr=True)
@@ -106,6 +107,7 @@ def check(config: ClusterConfig) -> None:
             f"model: no checkpoint in {folder} (a folder with config.json and safetensors is needed)",
             param="model",
         )
+    read_spec(folder)
     if config.mixed.replicas == 0 and (config.prefill.replicas == 0 or config.decode.replicas == 0):
         raise ConfigError("prefill and decode need at least one worker each", param="prefill")
     check_port_free(config.frontend.host, config.frontend.port, param="port")

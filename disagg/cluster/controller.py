@@ -100,6 +100,11 @@ class Controller:
             self._watch = asyncio.create_task(self._leave_when_orphaned(self._orphan_timeout_s))
         await self._all_ready()
 
+    async def run(self) -> None:
+        """Start, and stay. A caller that keeps this call open has Ray repeat it should this process die."""
+        await self.start()
+        await asyncio.Event().wait()
+
     async def _all_ready(self) -> None:
         try:
             await asyncio.gather(*(actor.ready.remote() for actor in self._actors.values()))

@@ -73,6 +73,8 @@ def start_ray(address: str | None = None) -> None:
         ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False)
         return
     ray.init(
+        # Said outright: without it Ray would join whatever cluster was last started on this machine.
+        address="local",
         num_cpus=os.cpu_count(),
         include_dashboard=False,
         object_store_memory=OBJECT_STORE_BYTES,

@@ -56,6 +56,7 @@ class _LateApp:
         )
         secret: Any = await controller.secret.remote()
         await controller.start.remote()
+        self._controller_runs = controller.run.remote()
         self._gateway = Gateway(self._config, secret, router_address)
         await self._gateway.start()
         self._app = create_app(self._gateway)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -92,7 +93,9 @@ def serving(folder: Path, *arguments: str, env: dict[str, str] | None = None) ->
     served = Served(process, f"http://127.0.0.1:{http}", f"127.0.0.1:{grpc}", log)
     try:
         served.wait_for(
-            lambda: "ready in" in log.read_text() or process.poll() is not None, START_TIMEOUT_S, "up"
+            lambda: re.search(r"^ready in \d", log.read_text(), re.M) or process.poll() is not None,
+            START_TIMEOUT_S,
+            "up",
         )
         assert process.poll() is None, log.read_text()
         yield served

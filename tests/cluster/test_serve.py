@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import signal
 from collections.abc import Iterator
@@ -174,6 +175,24 @@ def test_killed_router_is_replaced(served: Served, client: openai.OpenAI) -> Non
     served.wait_for(back, 30.0, "the router is replaced")
 
 
+def test_killed_controller_comes_back_and_goes_on_replacing(served: Served) -> None:
+    def controllers() -> list[int]:
+        found = []
+        for process in served.descendants():
+            with contextlib.suppress(psutil.NoSuchProcess):
+                # Ray names a process after the actor in it.
+                if process.name().startswith("ray::Controller"):
+                    found.append(process.pid)
+        return found
+
+    (old,) = controllers()
+    os.kill(old, signal.SIGKILL)
+    served.wait_for(lambda: controllers() not in ([], [old]), 30.0, "the controller is restarted")
+    victim = served.pid_of("prefill-1")
+    os.kill(victim, signal.SIGKILL)
+    served.wait_for(lambda: served.pid_of("prefill-1") != victim, 60.0, "the dead worker is replaced")
+
+
 def test_api_key_guards_every_route_and_ctrl_c_leaves_nothing(tmp_path: Path) -> None:
     memory_before = set(os.listdir("/dev/shm"))
     with serving(tmp_path, "--api-key", "sesame") as served:
@@ -196,9 +215,13 @@ def test_wrong_input_is_one_line(tmp_path: Path) -> None:
     import subprocess
     import sys
 
+    unknown = tmp_path / "unknown"
+    unknown.mkdir()
+    (unknown / "config.json").write_text('{"architectures": ["FooForCausalLM"]}')
     base = [sys.executable, "-m", "disagg.cli.main", "serve"]
     for arguments, word in (
         (["/no/such/model"], "no checkpoint"),
+        ([str(unknown)], "FooForCausalLM"),
         (["--prefill", "0"], "prefill"),
         (["--port", "99999"], "port"),
         (["--kv-transport", "pigeon"], "kv_transport"),
