@@ -235,6 +235,23 @@ async def test_a_lease_that_ends_between_two_chunks(
         assert (segment.blocks[4:] == 0xEE).all()
 
 
+async def test_a_copy_longer_than_a_lease_keeps_it_alive(
+    directory: Directory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gate = Gate(monkeypatch)
+    async with (
+        running_node(directory, lease_s=0.6) as node,
+        running_client(directory, lease_s=0.6) as (client, segment),
+    ):
+        pull = asyncio.create_task(client.pull(node.publish("r", SCATTERED), 0, SCATTERED))
+        await until(gate.reached.is_set)
+        await asyncio.sleep(1.5)
+        gate.open.set()
+        await pull
+        assert np.array_equal(segment.blocks[SCATTERED], node.segment.blocks[SCATTERED])
+        assert node.released == ["r"]
+
+
 # -- peers that fail under a pull --------------------------------------------------------------------------
 
 
@@ -255,13 +272,14 @@ class Scripted(worker_pb2_grpc.KVTransferServicer):
         self.stall = False
         self.located: list[int] | None = None
         self.segment: worker_pb2.SharedSegment | None = None
+        self.host_id: str | None = None
 
     async def Connect(self, request: Any, context: Any) -> worker_pb2.ConnectResponse:
         return worker_pb2.ConnectResponse(
             worker_id="prefill-0",
             incarnation="first",
             layout=layout_to_proto(LAYOUT),
-            host_id=request.host_id,
+            host_id=self.host_id or request.host_id,
             transports=["grpc"] if self.segment is None else ["shm"],
             segment=self.segment,
             num_blocks=64,
@@ -404,6 +422,19 @@ async def test_blocks_outside_the_peers_segment_are_not_read(
         assert (segment.blocks == 0xEE).all()
 
 
+async def test_shared_memory_offered_from_another_host_is_not_mapped(
+    directory: Directory, node: Node
+) -> None:
+    """Its pid and descriptor would name something else here."""
+    peer = Scripted(good)
+    peer.host_id, peer.segment = "elsewhere", node.segment.describe()
+    async with serving(peer) as (_, address), running_client(directory) as (client, segment):
+        directory.known["prefill-0"] = (address, "first")
+        result = await client.pull(HANDLE, 0, [1, 2, 3, 4])
+        assert result.transport == "grpc"
+        assert np.array_equal(segment.blocks[1:5], DATA)
+
+
 async def stalled(directory: Directory, address: str, peer: Scripted) -> None:
     peer.chunks, peer.stall = (lambda: good()[:1]), True
     directory.known["prefill-0"] = (address, "first")
@@ -473,6 +504,21 @@ async def test_a_peer_that_is_declared_dead_under_a_pull(directory: Directory) -
         async with asyncio.timeout(10):
             with pytest.raises(KVLostError, match="left"):
                 await pull
+
+
+async def test_a_peer_that_is_declared_dead_under_a_shared_copy(
+    directory: Directory, node: Node, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its memory stays mapped until the copy ends; what was copied counts for nothing."""
+    gate = Gate(monkeypatch)
+    async with running_client(directory) as (client, _):
+        pull = asyncio.create_task(client.pull(node.publish("r", SCATTERED), 0, SCATTERED))
+        await until(gate.reached.is_set)
+        client.retain(())
+        await until(lambda: not client._connections._closing)
+        gate.open.set()
+        with pytest.raises(KVLostError, match="left"):
+            await pull
 
 
 async def test_a_peer_that_is_declared_dead_while_it_is_dialled(directory: Directory) -> None:

@@ -147,6 +147,21 @@ async def test_chunks_hold_whole_blocks_up_to_their_size(node: Node, stub: Any) 
     assert b"".join(chunk.data for chunk in chunks) == node.segment.blocks[2:11].tobytes()
 
 
+@pytest.mark.parametrize("first_block", [-1, -(2**31), 3, 2**31 - 1])
+async def test_blocks_that_were_not_published_are_not_served(node: Node, stub: Any, first_block: int) -> None:
+    handle = handle_to_proto(node.publish("r", [1, 2]))
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await stub.Locate(worker_pb2.LocateRequest(handle=handle, first_block=first_block), metadata=METADATA)
+    assert caught.value.code() is grpc.StatusCode.NOT_FOUND
+    assert "first_block" in (caught.value.details() or "")
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        async for _ in stub.Pull(
+            worker_pb2.PullRequest(handle=handle, first_block=first_block), metadata=METADATA
+        ):
+            pass
+    assert caught.value.code() is grpc.StatusCode.NOT_FOUND
+
+
 async def test_a_block_larger_than_a_chunk_still_travels(directory: Directory) -> None:
     async with (
         running_node(directory, chunk_bytes=1) as node,
