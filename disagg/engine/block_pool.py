@@ -78,8 +78,8 @@ class BlockEvents:
 class BlockPool:
     """Fixed set of KV blocks with reference counts and a prefix cache.
 
-    num_blocks: including block 0, which is never handed out: runners pad with it and transports probe with
-    it. All operations are O(1) per block.
+    num_blocks: including block 0, which is never handed out: runners pad with it. All operations are O(1) per
+    block.
     """
 
     def __init__(self, num_blocks: int, block_size: int, *, enable_prefix_caching: bool = True) -> None:
