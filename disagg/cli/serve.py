@@ -25,6 +25,7 @@ from disagg.types import Role
 console = Console(stderr=True)
 
 ANSWER_TIMEOUT_S = 30.0
+APPLICATION = "disagg"
 
 _Model = Annotated[str | None, typer.Argument(help="Local folder with safetensors; none: the bundled model.")]
 _Config = Annotated[Path | None, typer.Option("--config", help="YAML file; every flag has its key there.")]
@@ -146,7 +147,7 @@ def _stop_on_signals(stop: threading.Event) -> None:
 def _cluster(config: ClusterConfig) -> Iterator[None]:
     """Ray, pools and the Serve application, in an order that loads models while Serve starts."""
     console.print("starting Ray", style="dim")
-    start_ray()
+    own_ray = start_ray()
     import ray
     from ray import serve as ray_serve
 
@@ -162,14 +163,17 @@ def _cluster(config: ClusterConfig) -> Iterator[None]:
         ray.get(pools)
         console.print("starting the front end", style="dim")
         application = build(config.model_dump(mode="json"))
-        ray_serve.run(application, name="disagg", route_prefix="/")
+        ray_serve.run(application, name=APPLICATION, route_prefix="/")
         _wait_until_answering(config)
         yield
     finally:
-        if controller is not None:
-            with contextlib.suppress(Exception):
+        with contextlib.suppress(Exception):
+            if not own_ray:
+                ray_serve.delete(APPLICATION)
+            if controller is not None:
                 ray.get(controller.shutdown.remote(), timeout=5)
-        # Serve's own processes belong to this Ray and end with it.
+                ray.kill(controller)
+        # A Ray that was started here ends here, and Serve's own processes with it.
         ray.shutdown()
 
 

@@ -59,8 +59,11 @@ def prepare_environment() -> None:
         os.environ.setdefault(name, value)
 
 
-def start_ray(address: str | None = None) -> None:
-    """Connect to a running Ray (address, or RAY_ADDRESS), else start one that ends with this process."""
+def start_ray(address: str | None = None) -> bool:
+    """Connect to a running Ray (address, or RAY_ADDRESS), else start one that ends with this process.
+
+    Returns whether it was started here, so that all of it may be ended here.
+    """
     prepare_environment()
     import ray
 
@@ -71,7 +74,7 @@ def start_ray(address: str | None = None) -> None:
     address = address or os.environ.get("RAY_ADDRESS")
     if address:
         ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False)
-        return
+        return False
     ray.init(
         # Said outright: without it Ray would join whatever cluster was last started on this machine.
         address="local",
@@ -82,3 +85,4 @@ def start_ray(address: str | None = None) -> None:
         log_to_driver=False,
         _node_ip_address="127.0.0.1",
     )
+    return True

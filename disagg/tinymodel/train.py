@@ -8,6 +8,7 @@ far away. The run is a fixed number of steps, so the result does not depend on h
 from __future__ import annotations
 
 import argparse
+import itertools
 import math
 import time
 from collections.abc import Iterator, Sequence
@@ -43,7 +44,46 @@ class Phase:
     mix: str = "start"
 
 
-PHASES: tuple[Phase, ...] = ()
+def _rounds(rates: Sequence[float], steps: tuple[int, int, int], short: str, far: str) -> list[Phase]:
+    """Rounds of short, middle and whole-context sequences, 4,096 tokens a step, as the rates fall."""
+    phases: list[Phase] = []
+    for start, end in itertools.pairwise(rates):
+        middle, late = (round(start + (end - start) * part, 3) for part in (0.6, 0.8))
+        phases.append(Phase(steps[0], 16, 256, start, middle, short))
+        phases.append(Phase(steps[1], 8, 512, middle, late, far))
+        phases.append(Phase(steps[2], 2, 2048, late, end, far))
+    return phases
+
+
+#: The run that made the bundled weights. The rate falls three times: what noise of a high rate hides is
+#: learned at a low one, and the mix of data turns to chats when the plain texts are known.
+PHASES = (
+    Phase(30, 16, 256, start=0.02),
+    Phase(400, 16, 256),
+    Phase(80, 8, 512),
+    Phase(120, 16, 256, mix="sums"),
+    Phase(30, 4, 1024),
+    Phase(100, 16, 256, mix="lookup"),
+    Phase(30, 2, 2048, mix="lookup_far"),
+    Phase(30, 16, 256, 1, 0.85, "lookup"),
+    Phase(15, 8, 512, 0.85, 0.8, "lookup_far"),
+    Phase(15, 2, 2048, 0.8, 0.75, "lookup_far"),
+    Phase(30, 16, 256, 0.75, 0.65, "lookup"),
+    Phase(15, 8, 512, 0.65, 0.6, "lookup_far"),
+    Phase(15, 2, 2048, 0.6, 0.55, "lookup_far"),
+    Phase(30, 16, 256, 0.55, 0.45, "lookup"),
+    Phase(15, 8, 512, 0.45, 0.4, "lookup_far"),
+    Phase(15, 2, 2048, 0.4, 0.35, "lookup_far"),
+    Phase(30, 16, 256, 0.35, 0.25, "lookup"),
+    Phase(15, 8, 512, 0.25, 0.2, "lookup_far"),
+    Phase(15, 2, 2048, 0.2, 0.15, "lookup_far"),
+    Phase(30, 16, 256, 0.15, 0.1, "lookup"),
+    Phase(15, 8, 512, 0.1, 0.06, "lookup_far"),
+    Phase(15, 2, 2048, 0.06, 0.02, "lookup_far"),
+    *_rounds((0.35, 0.28, 0.22, 0.15, 0.09, 0.02), (35, 8, 8), "chat_sums", "chat_far"),
+    Phase(20, 16, 256, 0.1, 0.35, "last"),
+    *_rounds((0.35, 0.28, 0.21, 0.14, 0.08, 0.02), (50, 10, 12), "last", "last_far"),
+)
 MUON_LR = 0.004
 ADAM_LR = 1.5e-3
 SECONDS_BETWEEN_REPORTS = 20.0
@@ -225,7 +265,8 @@ def parse_phases(text: str) -> tuple[Phase, ...]:
     """Phases from ``STEPSxROWSxTOKENS[xSTARTxEND[xMIX]],...``, for trials."""
     phases: list[Phase] = []
     for part in text.split(","):
-        steps, rows, tokens, start, end, mix = [*part.split("x"), "1", "1", "start"][:6]
+        given = part.split("x")
+        steps, rows, tokens, start, end, mix = given + ["1", "1", "start"][len(given) - 3 :]
         phases.append(Phase(int(steps), int(rows), int(tokens), float(start), float(end), mix))
     return tuple(phases)
 

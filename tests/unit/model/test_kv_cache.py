@@ -94,9 +94,9 @@ def test_the_plan_comes_before_the_memory(checkpoint):
 def test_max_model_len_is_bounded_by_the_cache(checkpoint):
     folder = checkpoint("qwen2")[1]
     assert runner_for(folder).max_model_len == 128
-    assert runner_for(folder, num_blocks=10).max_model_len == 40
+    assert runner_for(folder, num_blocks=10).max_model_len == 36
     assert runner_for(folder, num_blocks=10, max_model_len=33).max_model_len == 33
-    for num_blocks, length in ((10, 41), (64, 129)):
+    for num_blocks, length in ((10, 37), (64, 129)):
         with pytest.raises(ConfigError) as caught:
             runner_for(folder, num_blocks=num_blocks, max_model_len=length)
         assert caught.value.param == "max_model_len"
