@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import secrets
 import signal
@@ -154,6 +155,8 @@ def _cluster(config: ClusterConfig) -> Iterator[None]:
     from disagg.cluster.controller import get_or_create_controller
     from disagg.frontend.app import build
 
+    # Serve sets its logger up on import, and tells of each step of what we tell already.
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
     controller: Any = None
     try:
         controller = get_or_create_controller(config, secrets.token_hex(32))

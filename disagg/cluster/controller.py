@@ -13,6 +13,7 @@ import contextlib
 import logging
 import os
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -92,22 +93,25 @@ class Controller:
         """Bring the router and all slots up; idempotent. Raises ConfigError where a worker can't start."""
         router = self._get_or_create_router()
         await router.address.remote()
-        for slot in slots_of(self._config):
-            if slot not in self._keepers:
-                self._actors[slot] = self._get_or_create_worker(slot)
+        new = [slot for slot in slots_of(self._config) if slot not in self._keepers]
+        for slot in new:
+            self._actors[slot] = self._get_or_create_worker(slot)
+        # Kept only once they are up: a checkpoint that can't be loaded is to be told, not tried for ever.
+        await self._all_ready(new)
+        for slot in new:
+            if slot not in self._keepers:  # another front end's call may have been faster
                 self._keepers[slot] = asyncio.create_task(self._keep(slot))
         if self._watch is None and self._orphan_timeout_s is not None:
             self._watch = asyncio.create_task(self._leave_when_orphaned(self._orphan_timeout_s))
-        await self._all_ready()
 
     async def run(self) -> None:
         """Start, and stay. A caller that keeps this call open has Ray repeat it should this process die."""
         await self.start()
         await asyncio.Event().wait()
 
-    async def _all_ready(self) -> None:
+    async def _all_ready(self, slots: Sequence[Slot]) -> None:
         try:
-            await asyncio.gather(*(actor.ready.remote() for actor in self._actors.values()))
+            await asyncio.gather(*(self._actors[slot].ready.remote() for slot in slots))
         except RayTaskError as error:
             # The caller wants to read why a worker can't start, not Ray's traceback around it.
             cause: Exception = error.as_instanceof_cause()  # type: ignore[no-untyped-call]

@@ -5,7 +5,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import shutil
 import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,8 +16,10 @@ from typing import Any
 import openai
 import psutil
 import pytest
+from safetensors.torch import load_file, save_file
 
 from disagg.client import Client
+from disagg.config import BUNDLED_MODEL
 from tests.cluster.served import Served, serving
 
 MODEL = "disagg-tiny"
@@ -211,10 +216,29 @@ def test_api_key_guards_every_route_and_ctrl_c_leaves_nothing(tmp_path: Path) ->
     assert not {name for name in set(os.listdir("/dev/shm")) - memory_before if "disagg" in name}
 
 
-def test_wrong_input_is_one_line(tmp_path: Path) -> None:
-    import subprocess
-    import sys
+def test_a_checkpoint_that_lacks_a_tensor_is_told_by_its_name(tmp_path: Path) -> None:
+    broken = tmp_path / "broken"
+    shutil.copytree(BUNDLED_MODEL, broken)
+    tensors = load_file(broken / "model.safetensors")
+    del tensors["model.norm.weight"]
+    save_file(tensors, broken / "model.safetensors")
+    command = [
+        sys.executable,
+        "-m",
+        "disagg.cli.main",
+        "serve",
+        str(broken),
+        "--port",
+        "0",
+        "--grpc-port",
+        "0",
+    ]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 2, result.stderr
+    assert "lacks model.norm.weight" in result.stderr and "Traceback" not in result.stderr
 
+
+def test_wrong_input_is_one_line(tmp_path: Path) -> None:
     unknown = tmp_path / "unknown"
     unknown.mkdir()
     (unknown / "config.json").write_text('{"architectures": ["FooForCausalLM"]}')
