@@ -17,7 +17,7 @@ import httpx
 import typer
 from rich.console import Console
 
-from disagg.cluster.launch import check_port_free, start_ray
+from disagg.cluster.launch import check_port_free, free_port, start_ray
 from disagg.config import ClusterConfig, expand_dotted, load_config, parse_config
 from disagg.errors import ConfigError
 from disagg.model.config import read_spec
@@ -82,7 +82,7 @@ def serve(
     try:
         settings = merge_flags(config, flags)
         check(settings)
-        run(settings)
+        run(with_ports(settings))
     except ConfigError as error:
         console.print(f"[bold red]error:[/] {error.message}", highlight=False)
         raise typer.Exit(2) from None
@@ -114,6 +114,17 @@ def check(config: ClusterConfig) -> None:
         raise ConfigError("prefill and decode need at least one worker each", param="prefill")
     check_port_free(config.frontend.host, config.frontend.port, param="port")
     check_port_free(config.frontend.host, config.frontend.grpc_port, param="grpc_port")
+
+
+def with_ports(config: ClusterConfig) -> ClusterConfig:
+    """Return the configuration with a free port in place of each 0; a proxy can't be told to pick its own."""
+    front = config.frontend
+    chosen = {
+        name: free_port(front.host)
+        for name, port in (("port", front.port), ("grpc_port", front.grpc_port))
+        if port == 0
+    }
+    return config.model_copy(update={"frontend": front.model_copy(update=chosen)})
 
 
 def run(config: ClusterConfig) -> None:

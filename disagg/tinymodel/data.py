@@ -631,6 +631,8 @@ MIXES = {
     "chat_sums": START_MIX.but({"recall": 4, "arithmetic": 20}, sums=30),
     "chat_far": START_MIX.but({"recall": 5, "arithmetic": 10}),
     "last": CHAT_MIX,
+    "final": CHAT_MIX.but({"recall": 5, "count": 8, "json": 5, "talk": 8}, copy=7),
+    "final_far": CHAT_MIX.but({"recall": 8, "arithmetic": 8, "json": 4}, recall=6, copy=9, sums=0),
     "last_far": CHAT_MIX.but(
         {"recall": 8, "count": 2, "arithmetic": 6, "talk": 4}, recall=8, count=6, sums=0
     ),
