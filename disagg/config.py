@@ -15,6 +15,8 @@ BUNDLED_MODEL = Path(__file__).parent / "assets" / "tiny"
 
 KVTransport = Literal["auto", "shm", "grpc", "nccl", "nixl"]
 DType = Literal["auto", "float32", "bfloat16", "float16"]
+Quantization = Literal["int8", "int4"]
+CpuKernels = Literal["auto", "native", "torch"]
 
 
 class _Frozen(BaseModel):
@@ -22,13 +24,17 @@ class _Frozen(BaseModel):
 
 
 class ModelConfig(_Frozen):
-    """Which checkpoint is served and how. path: a folder with safetensors; None is the bundled model."""
+    """Which checkpoint is served and how.
+
+    path: a folder with safetensors; None is the bundled model. quantization: bits to which weights are
+    rounded while they load (CPU only).
+    """
 
     path: str | None = None
     served_model_name: str | None = None
     dtype: DType = "auto"
     max_model_len: int | None = Field(None, ge=1)
-    quantization: str | None = None
+    quantization: Quantization | None = None
 
     @property
     def folder(self) -> Path:
@@ -47,7 +53,8 @@ class EngineConfig(_Frozen):
 
     max_num_batched_tokens: token budget of one step, over which prompts are chunked. kv_cache_memory: bytes
     if an int of at least 2, a fraction of the machine's (or GPU's) memory if a float up to 1. num_kv_blocks:
-    overrides it; tests use it to force preemption.
+    overrides it; tests use it to force preemption. kernels: what computes on a CPU; auto is native where the
+    kernels compile and fit, else torch.
     """
 
     block_size: int = Field(16, ge=1, le=1024)
@@ -57,6 +64,7 @@ class EngineConfig(_Frozen):
     num_kv_blocks: int | None = Field(None, ge=2)
     enable_prefix_caching: bool = True
     max_waiting: int = Field(4096, ge=1)
+    kernels: CpuKernels = "auto"
 
     @field_validator("kv_cache_memory")
     @classmethod
@@ -159,8 +167,6 @@ def _refuse_unavailable(config: ClusterConfig) -> None:
             f"kv_transport: {config.transfer.kv_transport} is not available in this version; use shm or grpc",
             param="kv_transport",
         )
-    if config.model.quantization is not None:
-        raise ConfigError("quantization is not available in this version", param="quantization")
     if any(config.pool(role).tensor_parallel_size != 1 for role in Role):
         raise ConfigError(
             "tensor_parallel_size: only 1 is available in this version", param="tensor_parallel_size"

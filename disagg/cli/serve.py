@@ -48,7 +48,7 @@ def serve(
     block_size: Annotated[int | None, typer.Option(help="Tokens in one KV block.")] = None,
     kv_cache_memory: Annotated[float | None, typer.Option(help="Bytes, or a fraction of memory.")] = None,
     dtype: Annotated[str | None, typer.Option(help="auto, float32, bfloat16 or float16.")] = None,
-    quantization: Annotated[str | None, typer.Option(help="Not available in this version.")] = None,
+    quantization: Annotated[str | None, typer.Option(help="Round weights to int8 or int4 (CPU).")] = None,
     tensor_parallel_size: Annotated[
         int | None, typer.Option("--tensor-parallel-size", "-tp", help="Only 1 in this version.")
     ] = None,

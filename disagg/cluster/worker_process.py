@@ -83,12 +83,15 @@ class WorkerProcess:
         engine_config = spec.config.engine_for(spec.role)
         model = spec.config.model
         # The plan comes first: the cache's memory is the shared segment, and the runner is built over it.
-        layout, num_blocks = plan_cache(read_spec(model.folder), engine_config, dtype=model.dtype)
+        layout, num_blocks = plan_cache(
+            read_spec(model.folder), engine_config, dtype=model.dtype, quantization=model.quantization
+        )
         segment = SharedSegment.create(num_blocks, layout.block_bytes)
         runner = load_runner(
             model.folder,
             engine_config,
             dtype=model.dtype,
+            quantization=model.quantization,
             num_threads=spec.threads,
             buffer=segment.buffer,
             num_blocks=num_blocks,

@@ -21,7 +21,7 @@ from disagg.frontend.prompts import Prompt
 from disagg.frontend.schemas import DEFAULT_COMPLETION_TOKENS, MAX_MESSAGES
 from disagg.frontend.text_generation import GenerationGroup, TextGeneration, Usage
 from disagg.rpc import MAX_MESSAGE_BYTES
-from disagg.service.generation import GenerationRequest
+from disagg.service.generation import GenerationRequest, unroll
 from disagg.service.text import TextDelta
 from disagg.types import FinishReason, SamplingParams
 from disagg.v1 import common_pb2, inference_pb2, inference_pb2_grpc
@@ -164,7 +164,7 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
         return GenerationRequest(
             request_id=prompts.internal_ids(request_id, 1)[0],
             prompt_token_ids=prompt.token_ids,
-            params=prompts.unroll(params)[0],
+            params=unroll(params)[0],
             priority=request.priority,
             timeout_s=self._timeout(context),
             cache_salt=request.cache_salt,

@@ -56,7 +56,7 @@ from disagg.frontend.schemas import (
     parse_body,
 )
 from disagg.frontend.text_generation import TextGeneration, stream_all, total_usage
-from disagg.service.generation import GenerationRequest
+from disagg.service.generation import GenerationRequest, unroll
 from disagg.types import SamplingParams
 
 # The orchestrator keeps deadlines; this much later the front end answers by itself.
@@ -263,7 +263,7 @@ class _Api:
         for prompt, limit in zip(encoded, limits, strict=True):
             sampling = body.sampling_params(self._backend.sampling_defaults, limit)
             prompts.check_token_ids(self._backend, sampling)
-            params += [(prompt, choice) for choice in prompts.unroll(sampling)]
+            params += [(prompt, choice) for choice in unroll(sampling)]
         ids = prompts.internal_ids(request.scope[_REQUEST_ID], len(params))
         requests = [
             GenerationRequest(

@@ -5,14 +5,14 @@ from __future__ import annotations
 import asyncio
 import re
 import secrets
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 from disagg.errors import InvalidRequestError, ModelNotFoundError
 from disagg.frontend.backend import Backend
 from disagg.service.chat_template import Message
 from disagg.service.tokenizer import IncrementalDetokenizer
-from disagg.types import MAX_SEED, SamplingParams
+from disagg.types import SamplingParams
 
 _SANE_ID = re.compile(r"[A-Za-z0-9._:\-]{1,128}")
 # Encoding is about 1 MB/s, and the library lets go of the interpreter lock meanwhile.
@@ -131,13 +131,6 @@ def resolve_max_tokens(
     return requested
 
 
-def unroll(params: SamplingParams, draw_seed: Callable[[], int] | None = None) -> list[SamplingParams]:
-    """Return the parameters of each of n choices: seeds count up from a given one, else are drawn."""
-    draw = draw_seed or _draw_seed
-    seeds = [draw() if params.seed is None else _wrap(params.seed + i) for i in range(params.n)]
-    return [replace(params, n=1, seed=seed) for seed in seeds]
-
-
 def check_request_id(value: str, param: str) -> str:
     """Return a client's request id. Raises InvalidRequestError unless it is short and harmless in a log."""
     if not is_sane_id(value):
@@ -159,14 +152,6 @@ def internal_ids(request_id: str, count: int) -> list[str]:
     """Return ids for a request's sequences inside the cluster, unique even if clients repeat theirs."""
     base = f"{request_id}-{secrets.token_hex(4)}"
     return [base] if count == 1 else [f"{base}-{i}" for i in range(count)]
-
-
-def _draw_seed() -> int:
-    return secrets.randbits(63)
-
-
-def _wrap(seed: int) -> int:
-    return seed if seed <= MAX_SEED else seed - 2 * (MAX_SEED + 1)
 
 
 def _too_long(backend: Backend, size: str, param: str) -> InvalidRequestError:

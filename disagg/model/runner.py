@@ -2,23 +2,43 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence as SequenceOf
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Protocol
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from disagg.config import EngineConfig
-from disagg.engine.runner import Batch, ScheduledSequence
+from disagg.config import CpuKernels, EngineConfig, Quantization
+from disagg.engine.runner import Batch
 from disagg.errors import ConfigError, InvalidRequestError
-from disagg.model.attention import Chunk, plan_step
 from disagg.model.config import DTYPES, ModelSpec, read_spec
 from disagg.model.kv_cache import Buffer, KVCache, layout, num_blocks_for
+from disagg.model.native.decoder import NativeDecoder
+from disagg.model.native.library import KernelsUnavailableError
 from disagg.model.sampler import Sampler
-from disagg.model.transformer import StepInput, Transformer
+from disagg.model.step import StepInput, step_input
+from disagg.model.transformer import Transformer
 from disagg.model.weights import fingerprint
 from disagg.types import KVLayout, Request, SampledToken
+
+log = logging.getLogger(__name__)
+
+
+class Decoder(Protocol):
+    """A model's weights and the code that computes with them.
+
+    own_threads: computes with threads of its own rather than torch's.
+    """
+
+    spec: ModelSpec
+    own_threads: bool
+
+    def forward(self, step: StepInput, cache: KVCache) -> Tensor:
+        """Return float32 logits [S, vocab_size] of step.sample_rows; writes all tokens' KV."""
+        ...
 
 
 class ModelRunner:
@@ -28,7 +48,7 @@ class ModelRunner:
     otherwise. fingerprint: the checkpoint's identity, under which its KV blocks are hashed.
     """
 
-    def __init__(self, model: Transformer, kv_cache: KVCache, max_model_len: int) -> None:
+    def __init__(self, model: Decoder, kv_cache: KVCache, max_model_len: int) -> None:
         self.model = model
         self.spec: ModelSpec = model.spec
         self.kv_cache = kv_cache
@@ -60,42 +80,29 @@ class ModelRunner:
         """Compute the batch, write its KV, and draw a token for each item that samples."""
         if not batch.items:
             return []
-        with torch.inference_mode():
-            logits = self.model.forward(self._step_input(batch.items), self.kv_cache)
+        with torch.inference_mode(), _torch_threads(1 if self.model.own_threads else None):
+            logits = self.model.forward(step_input(batch.items), self.kv_cache)
             sampling = [item.seq for item in batch.items if item.samples]
             drawn = iter(self._sampler.sample(logits, sampling) if sampling else ())
         return [next(drawn) if item.samples else None for item in batch.items]
 
-    def _step_input(self, items: SequenceOf[ScheduledSequence]) -> StepInput:
-        size = self.layout.block_size
-        tokens: list[int] = []
-        chunks: list[Chunk] = []
-        positions, block_ids = [], []
-        for item in items:
-            start, end = item.seq.num_computed_tokens, item.seq.num_computed_tokens + item.num_tokens
-            table = np.array(item.seq.block_table, dtype=np.int64)
-            chunks.append(Chunk(len(tokens), item.num_tokens, start, table))
-            tokens.extend(item.seq.token_ids[start:end])
-            own = np.arange(start, end)
-            positions.append(own)
-            block_ids.append(table[own // size])
-        flat = np.concatenate(positions)
-        sample_rows = [
-            chunk.first_row + chunk.num_tokens - 1
-            for chunk, item in zip(chunks, items, strict=True)
-            if item.samples
-        ]
-        return StepInput(
-            token_ids=self._tensor(np.array(tokens, dtype=np.int64)),
-            positions=self._tensor(flat),
-            block_ids=self._tensor(np.concatenate(block_ids)),
-            offsets=self._tensor(flat % size),
-            plans=plan_step(chunks, self.spec.sliding_window, self.kv_cache),
-            sample_rows=self._tensor(np.array(sample_rows, dtype=np.int64)),
-        )
 
-    def _tensor(self, array: np.ndarray[tuple[int, ...], np.dtype[np.int64]]) -> Tensor:
-        return torch.from_numpy(array).to(self._device)
+@contextmanager
+def _torch_threads(wanted: int | None) -> Iterator[None]:
+    """Let torch use so many threads inside.
+
+    After an operation that used several, OpenMP's spin for milliseconds and take a core from the model's
+    own: a step of 16 sequences took 1.4 times as long.
+    """
+    before = torch.get_num_threads()
+    if wanted is None or wanted == before:
+        yield
+        return
+    torch.set_num_threads(wanted)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def resolve_dtype(dtype: str, spec: ModelSpec, device: torch.device | str = "cpu") -> str:
@@ -121,6 +128,7 @@ def plan_cache(
     engine_config: EngineConfig,
     *,
     dtype: str = "auto",
+    quantization: Quantization | None = None,
     model: str | None = None,
     device: torch.device | str = "cpu",
 ) -> tuple[KVLayout, int]:
@@ -129,9 +137,11 @@ def plan_cache(
     The buffer to allocate for load_runner has num_blocks * layout.block_bytes bytes. model: the
     checkpoint's fingerprint, computed where None. Raises ConfigError.
     """
+    identity = fingerprint(spec.folder) if model is None else model
     cache_layout = layout(
         spec,
-        model=fingerprint(spec.folder) if model is None else model,
+        # Rounded weights give other keys and values: their blocks must not be mixed.
+        model=identity if quantization is None else f"{identity}-{quantization}",
         dtype=resolve_dtype(dtype, spec, device),
         block_size=engine_config.block_size,
     )
@@ -143,6 +153,7 @@ def load_runner(
     engine_config: EngineConfig,
     *,
     dtype: str = "auto",
+    quantization: Quantization | None = None,
     num_threads: int | None = None,
     buffer: Buffer | None = None,
     num_blocks: int | None = None,
@@ -151,23 +162,60 @@ def load_runner(
 ) -> ModelRunner:
     """Load a checkpoint and give it a KV cache.
 
-    num_threads: torch's threads in this process. buffer: zeroed memory of num_blocks * layout.block_bytes
-    bytes, see plan_cache; None allocates. num_blocks: overrides the configuration's; pass what plan_cache
-    said, since a fraction of the memory may be another number by now. max_model_len: None is the model's,
-    or what the blocks hold if that is less.
+    quantization: bits of the weights, rounded while loading. num_threads: threads of this model, and torch's
+    in this process. buffer: zeroed memory of num_blocks * layout.block_bytes bytes, see plan_cache; None
+    allocates. num_blocks: overrides the configuration's; pass what plan_cache said, since a fraction of the
+    memory may be another number by now. max_model_len: None is the model's, or what the blocks hold if that
+    is less.
     Raises ConfigError naming the field or tensor that can't be used.
     """
     if num_threads is not None:
         torch.set_num_threads(num_threads)
     spec = read_spec(folder)
-    cache_layout, planned = plan_cache(spec, engine_config, dtype=dtype, device=device)
+    cache_layout, planned = plan_cache(
+        spec, engine_config, dtype=dtype, quantization=quantization, device=device
+    )
     num_blocks = planned if num_blocks is None else num_blocks
     limit = _model_len(spec, max_model_len, (num_blocks - 1) * cache_layout.block_size)
     kv_cache = KVCache(cache_layout, num_blocks, buffer=buffer, device=device)
     with torch.inference_mode():
         model = Transformer(spec, dtype=kv_cache.dtype, device=torch.device(device))
         model.load()
-    return ModelRunner(model, kv_cache, limit)
+        decoder = _decoder(model, engine_config.kernels, quantization)
+    return ModelRunner(decoder, kv_cache, limit)
+
+
+def _decoder(model: Transformer, kernels: CpuKernels, quantization: Quantization | None) -> Decoder:
+    """Return the fastest decoder for the model's device and dtype, or the one that was asked for."""
+    reason = _why_not_native(model, kernels)
+    if reason is None:
+        try:
+            decoder = NativeDecoder(
+                model, num_threads=torch.get_num_threads(), weights=quantization or "float32"
+            )
+        except KernelsUnavailableError as error:
+            reason = str(error)
+        else:
+            log.info("computing with native CPU kernels, %d threads", decoder.num_threads)
+            return decoder
+    if kernels == "native":
+        raise ConfigError(f"kernels: native is not possible here: {reason}", param="kernels")
+    if quantization is not None:
+        raise ConfigError(f"quantization needs the native CPU kernels: {reason}", param="quantization")
+    log.log(logging.INFO if kernels == "torch" else logging.WARNING, "computing with torch: %s", reason)
+    model.pack()
+    return model
+
+
+def _why_not_native(model: Transformer, kernels: CpuKernels) -> str | None:
+    weight = model.embed_tokens
+    if kernels == "torch":
+        return "kernels: torch was asked for"
+    if weight.device.type != "cpu":
+        return f"they compute on CPUs, not on {weight.device.type}"
+    if weight.dtype != torch.float32:
+        return f"they compute in float32, not in {weight.dtype}"
+    return None
 
 
 def _model_len(spec: ModelSpec, max_model_len: int | None, capacity: int) -> int:

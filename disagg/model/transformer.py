@@ -9,27 +9,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from disagg.model.attention import AttentionPlan, attend
+from disagg.model.attention import AttentionPlan, attend, plan_step
 from disagg.model.config import ModelSpec
 from disagg.model.kv_cache import KVCache
 from disagg.model.layers import Linear, RMSNorm, RotaryEmbedding, rotate_
+from disagg.model.step import StepInput
 from disagg.model.weights import load_weights
 
 
 @dataclass(frozen=True, slots=True)
-class StepInput:
-    """One step's tokens, those of all sequences after one another.
-
-    token_ids, positions: int64 [T]. block_ids, offsets: int64 [T], the slots their KV goes to.
-    plans: by window. sample_rows: int64 [S], the rows whose logits are asked for.
-    """
+class _StepTensors:
+    """A step as the layers take it: int64 [T] each, and the attention plans by window."""
 
     token_ids: Tensor
     positions: Tensor
     block_ids: Tensor
     offsets: Tensor
     plans: Mapping[int | None, AttentionPlan]
-    sample_rows: Tensor
 
 
 class _Builder:
@@ -98,14 +94,16 @@ class DecoderLayer:
         return self.qkv_proj, self.o_proj, self.gate_up_proj, self.down_proj
 
     def forward(
-        self, hidden: Tensor, rotary: tuple[Tensor, Tensor], step: StepInput, cache: KVCache
+        self, hidden: Tensor, rotary: tuple[Tensor, Tensor], step: _StepTensors, cache: KVCache
     ) -> Tensor:
         """Return the residual stream [T, hidden_size] after this layer; writes its KV into the cache."""
         hidden += self._attention(self.input_norm(hidden), rotary, step, cache)
         hidden += self._mlp(self.mlp_norm(hidden))
         return hidden
 
-    def _attention(self, x: Tensor, rotary: tuple[Tensor, Tensor], step: StepInput, cache: KVCache) -> Tensor:
+    def _attention(
+        self, x: Tensor, rotary: tuple[Tensor, Tensor], step: _StepTensors, cache: KVCache
+    ) -> Tensor:
         qkv = self.qkv_proj(x).view(x.shape[0], -1, self.head_dim)
         split = self.num_heads + self.num_kv_heads
         if self.q_norm is not None and self.k_norm is not None:
@@ -124,6 +122,8 @@ class DecoderLayer:
 class Transformer:
     """A decoder-only language model. Parameters are uninitialised until `load`."""
 
+    own_threads = False
+
     def __init__(self, spec: ModelSpec, *, dtype: torch.dtype, device: torch.device) -> None:
         build = _Builder(dtype, device)
         self.spec = spec
@@ -140,20 +140,35 @@ class Transformer:
         self._targets: dict[str, Tensor] = build.targets
 
     def load(self) -> None:
-        """Read the weights of spec.folder and pack them. Raises ConfigError, see load_weights."""
+        """Read the weights of spec.folder. Raises ConfigError, see load_weights."""
         tied = self.spec.tie_word_embeddings
         load_weights(self.spec.folder, self._targets, ignored=frozenset({"lm_head.weight"} if tied else ()))
-        # Views in the table would keep the plain weights alive beside the packed ones.
+        # Views in the table would keep the plain weights alive beside packed ones.
         self._targets.clear()
+
+    def pack(self) -> None:
+        """Bring the weights into the layout that torch multiplies fastest."""
         for layer in self.layers:
             for linear in layer.linears():
                 linear.pack()
-        self.lm_head.pack(keep_weight=tied)
+        self.lm_head.pack(keep_weight=self.spec.tie_word_embeddings)
 
     def forward(self, step: StepInput, cache: KVCache) -> Tensor:
         """Return float32 logits [S, vocab_size] of step.sample_rows; writes all tokens' KV."""
-        hidden = F.embedding(step.token_ids, self.embed_tokens)
-        rotary = self.rotary(step.positions)
+        tensors = self._tensors(step, cache)
+        hidden = F.embedding(tensors.token_ids, self.embed_tokens)
+        rotary = self.rotary(tensors.positions)
         for layer in self.layers:
-            hidden = layer.forward(hidden, rotary, step, cache)
-        return self.lm_head(self.norm(hidden[step.sample_rows])).float()
+            hidden = layer.forward(hidden, rotary, tensors, cache)
+        rows = torch.from_numpy(step.sample_rows).to(hidden.device)
+        return self.lm_head(self.norm(hidden[rows])).float()
+
+    def _tensors(self, step: StepInput, cache: KVCache) -> _StepTensors:
+        device = self.embed_tokens.device
+        return _StepTensors(
+            token_ids=torch.from_numpy(step.token_ids).to(device),
+            positions=torch.from_numpy(step.positions).to(device),
+            block_ids=torch.from_numpy(step.block_ids(cache.block_size)).to(device),
+            offsets=torch.from_numpy(step.positions % cache.block_size).to(device),
+            plans=plan_step(list(step.chunks()), self.spec.sliding_window, cache),
+        )

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Sequence
-from dataclasses import dataclass, field
+import secrets
+from collections.abc import AsyncGenerator, Callable, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
-from disagg.types import SamplingParams, StepOutput
+from disagg.types import MAX_SEED, SamplingParams, StepOutput
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,3 +38,18 @@ class Generator(Protocol):
         every worker. Raises InvalidRequestError, OverloadedError, NoCapacityError or DeadlineExceededError.
         """
         ...
+
+
+def unroll(params: SamplingParams, draw_seed: Callable[[], int] | None = None) -> list[SamplingParams]:
+    """Return the parameters of each of n choices: seeds count up from a given one, else are drawn."""
+    draw = draw_seed or _draw_seed
+    seeds = [draw() if params.seed is None else _wrap(params.seed + i) for i in range(params.n)]
+    return [replace(params, n=1, seed=seed) for seed in seeds]
+
+
+def _draw_seed() -> int:
+    return secrets.randbits(63)
+
+
+def _wrap(seed: int) -> int:
+    return seed if seed <= MAX_SEED else seed - 2 * (MAX_SEED + 1)

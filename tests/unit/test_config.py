@@ -34,7 +34,7 @@ def test_defaults_are_one_worker_each() -> None:
         ({"frontend": {"api_key": "  "}}, "frontend.api_key"),
         ({"transfer": {"kv_transport": "pigeon"}}, "transfer.kv_transport"),
         ({"transfer": {"kv_transport": "nccl"}}, "kv_transport"),
-        ({"model": {"quantization": "int8"}}, "quantization"),
+        ({"model": {"quantization": "int3"}}, "model.quantization"),
         ({"decode": {"tensor_parallel_size": 2}}, "tensor_parallel_size"),
     ],
 )

@@ -18,7 +18,7 @@ LAYERS: list[set[str]] = [
     {"types", "errors", "config", "hashing", "v1", "rpc"},
     {"engine", "routing", "workload"},
     {"model", "transfer", "service", "tinymodel"},
-    {"cluster"},
+    {"cluster", "offline", "sim"},
     {"frontend", "bench", "client"},
     {"cli"},
 ]
@@ -97,6 +97,7 @@ def test_leaves_import_only_leaves() -> None:
         ("disagg.engine.engine", {"torch", "ray", "grpc", "numpy"}),
         ("disagg.routing.router", {"torch", "ray", "grpc"}),
         ("disagg.workload", {"torch", "ray", "grpc"}),
+        ("disagg.sim.simulation", {"torch", "ray", "grpc", "asyncio"}),
         ("disagg.service.orchestrator", {"torch", "ray"}),
         ("disagg.transfer.client", {"torch", "ray"}),
         ("disagg.client", {"torch", "ray"}),

@@ -5,8 +5,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from model_support import make_model, save
+from model_support import KERNELS, make_model, save
 from transformers import PreTrainedModel
+
+from disagg.model.native.library import KernelsUnavailableError, load_library
 
 Checkpoint = tuple[PreTrainedModel, Path]
 
@@ -17,6 +19,18 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(params=["native", "torch"])
+def each_backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Run the test with every backend that computes on a CPU."""
+    if request.param == "native":
+        try:
+            load_library()
+        except KernelsUnavailableError as error:
+            pytest.skip(str(error))
+    monkeypatch.setitem(KERNELS, "default", request.param)
+    return request.param
 
 
 @pytest.fixture(scope="session")

@@ -16,7 +16,7 @@ from transformers import (
     Qwen3Config,
 )
 
-from disagg.config import EngineConfig
+from disagg.config import CpuKernels, EngineConfig
 from disagg.engine.runner import Batch, ScheduledSequence
 from disagg.engine.sequence import Sequence
 from disagg.model.runner import ModelRunner, load_runner
@@ -95,9 +95,23 @@ def reference_logits(model: PreTrainedModel, tokens: SequenceOf[int]) -> torch.T
     return model(torch.tensor([list(tokens)])).logits[0].float()
 
 
-def runner_for(folder: Path, *, block_size: int = 4, num_blocks: int = 64, **options: object) -> ModelRunner:
-    config = EngineConfig(block_size=block_size, num_kv_blocks=num_blocks)
-    return load_runner(folder, config, num_threads=1, **options)
+#: What runner_for computes with where a test does not say; tests of every backend change it.
+KERNELS: dict[str, CpuKernels] = {"default": "auto"}
+
+
+def runner_for(
+    folder: Path,
+    *,
+    block_size: int = 4,
+    num_blocks: int = 64,
+    kernels: CpuKernels | None = None,
+    num_threads: int = 1,
+    **options: object,
+) -> ModelRunner:
+    config = EngineConfig(
+        block_size=block_size, num_kv_blocks=num_blocks, kernels=kernels or KERNELS["default"]
+    )
+    return load_runner(folder, config, num_threads=num_threads, **options)
 
 
 def random_tokens(count: int, seed: int = 0, vocab: int = VOCAB) -> list[int]:

@@ -14,6 +14,8 @@ from transformers import AutoModelForCausalLM
 from disagg.config import BUNDLED_MODEL
 from disagg.engine.runner import Batch, ScheduledSequence
 
+pytestmark = pytest.mark.usefixtures("each_backend")
+
 ATOL = 1e-4
 WINDOWS = ["mistral_short_window", "qwen2_window_tied", "qwen3_biases_window"]
 
@@ -200,7 +202,7 @@ def test_bfloat16_checkpoint_computed_in_float32(tmp_path):
 def test_computing_in_bfloat16(checkpoint, tmp_path):
     model = make_model("llama_gqa_tied").to(torch.bfloat16)
     folder = save(model, tmp_path)
-    driver = Driver(runner_for(folder, dtype="bfloat16"))
+    driver = Driver(runner_for(folder, dtype="bfloat16", kernels="torch"))
     assert driver.runner.layout.dtype == "bfloat16"
     tokens = random_tokens(20)
     seq = driver.add(tokens)
@@ -233,7 +235,7 @@ def test_packed_layers_follow_the_reference(tmp_path):
     sizes = {"hidden_size": 1024, "intermediate_size": 1024, "vocab_size": 1031, "num_hidden_layers": 2}
     model = make_model("llama_gqa_tied", attention_bias=True, **sizes)
     folder = save(model, tmp_path)
-    driver = Driver(runner_for(folder))
+    driver = Driver(runner_for(folder, kernels="torch"))
     layer = driver.runner.model.layers[0]
     assert layer.gate_up_proj.weight.numel() == 0, "expected a packed layer"
     tokens = random_tokens(9)

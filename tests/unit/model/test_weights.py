@@ -144,7 +144,7 @@ def test_fingerprint_tells_configs_apart(folder):
 
 def test_loading_leaves_no_second_copy(folder):
     """Every parameter but the packed ones has its own memory, fused ones included, and no more than that."""
-    model = runner_for(folder).model
+    model = runner_for(folder, kernels="torch").model
     layer = model.layers[0]
     stored = load_file(folder / "model.safetensors")
     prefix = "model.layers.0.self_attn."
