@@ -75,11 +75,16 @@ class EngineConfig(_Frozen):
 
 
 class PoolConfig(_Frozen):
-    """One pool of workers. threads: torch threads of each; None shares the machine's cores evenly."""
+    """One pool of workers.
+
+    threads: compute threads of each; None shares the machine's cores evenly. pin_threads: keep them on cores
+    of their own where so many are free.
+    """
 
     replicas: int = Field(1, ge=0, le=10_000)
     tensor_parallel_size: int = Field(1, ge=1)
     threads: int | None = Field(None, ge=1)
+    pin_threads: bool = True
     max_num_batched_tokens: int | None = Field(None, ge=1)
     num_cpus: float = Field(0.0, ge=0)
     num_gpus: float = Field(0.0, ge=0)

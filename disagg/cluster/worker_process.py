@@ -16,6 +16,7 @@ import uuid
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
+from disagg.cluster.cores import CoreClaim
 from disagg.config import ClusterConfig
 from disagg.engine.engine import Engine
 from disagg.model.config import read_spec
@@ -38,7 +39,7 @@ STOP_GRACE_S = 0.5
 
 @dataclass(frozen=True, slots=True)
 class WorkerSpec:
-    """What a worker is told when it starts. threads: torch threads of this process."""
+    """What a worker is told when it starts. threads: threads that compute."""
 
     worker_id: str
     role: Role
@@ -55,6 +56,7 @@ class WorkerProcess:
         self._spec = spec
         self._router_address = router_address
         self.incarnation = uuid.uuid4().hex
+        self._cores = CoreClaim(spec.threads if spec.config.pool(spec.role).pin_threads else 0)
 
     async def start(self) -> WorkerInfo:
         """Load the model, open the port, join the router. Raises ConfigError where that can't be."""
@@ -87,16 +89,18 @@ class WorkerProcess:
             read_spec(model.folder), engine_config, dtype=model.dtype, quantization=model.quantization
         )
         segment = SharedSegment.create(num_blocks, layout.block_bytes)
-        runner = load_runner(
-            model.folder,
-            engine_config,
-            dtype=model.dtype,
-            quantization=model.quantization,
-            num_threads=spec.threads,
-            buffer=segment.buffer,
-            num_blocks=num_blocks,
-            max_model_len=model.max_model_len,
-        )
+        # The model's threads start here, and stay on the cores on which this one is pinned meanwhile.
+        with self._cores.pinned():
+            runner = load_runner(
+                model.folder,
+                engine_config,
+                dtype=model.dtype,
+                quantization=model.quantization,
+                num_threads=spec.threads,
+                buffer=segment.buffer,
+                num_blocks=num_blocks,
+                max_model_len=model.max_model_len,
+            )
         return segment, runner
 
     def _describe(self, runner: ModelRunner, address: str) -> WorkerInfo:
@@ -146,7 +150,13 @@ class WorkerProcess:
         )
         self._membership.on_change(self._puller.retain)
         worker = Worker(
-            self.info, engine, self._publisher, self._puller, self._membership, WorkerMetrics(self.info)
+            self.info,
+            engine,
+            self._publisher,
+            self._puller,
+            self._membership,
+            WorkerMetrics(self.info),
+            on_engine_thread=self._cores.pin_thread,
         )
         worker_pb2_grpc.add_WorkerServicer_to_server(worker, self._server)
         worker_pb2_grpc.add_KVTransferServicer_to_server(self._publisher, self._server)
@@ -164,3 +174,4 @@ class WorkerProcess:
         await self._puller.close()
         await self._publisher.close()
         self._segment.close()
+        self._cores.close()

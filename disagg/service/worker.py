@@ -136,8 +136,10 @@ class Worker(worker_pb2_grpc.WorkerServicer):
         reporter: StateReporter,
         metrics: WorkerMetrics,
         clock: Callable[[], float] = time.monotonic,
+        on_engine_thread: Callable[[], None] = lambda: None,
     ) -> None:
         self.info = info
+        self._on_engine_thread = on_engine_thread
         self._engine = engine
         self._publisher = publisher
         self._puller = puller
@@ -179,6 +181,7 @@ class Worker(worker_pb2_grpc.WorkerServicer):
     def _run_engine(self) -> None:
         error: BaseException | None = None
         try:
+            self._on_engine_thread()
             while self._apply_commands():
                 if self._engine.has_work():
                     outputs = self._engine.step(self._clock())

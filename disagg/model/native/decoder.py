@@ -77,6 +77,12 @@ class NativeDecoder:
             raise MemoryError(f"no memory for a step of {len(step.token_ids)} tokens")
         return logits[:, : self.spec.vocab_size]
 
+    def take_phase_seconds(self) -> dict[str, float]:
+        """Return where the steps since the last call spent their time, as the first thread saw it."""
+        seconds = (ctypes.c_double * len(library.PHASES))()
+        self._library.disagg_decoder_seconds(self._decoder, seconds)
+        return dict(zip(library.PHASES, seconds, strict=True))
+
     def _model(self, model: Transformer, weights: Kind) -> library.Model:
         spec = self.spec
         # An int4 output layer costs more accuracy than its bytes are worth.

@@ -17,6 +17,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <chrono>
 #include <condition_variable>
 #include <cstdint>
 #include <cstdlib>
@@ -412,6 +413,15 @@ class Decoder {
         for (std::thread& thread : pool_) thread.join();
     }
 
+    // Seconds of the first thread in each phase since the last call: what a profile of a step shows.
+    enum Timed {
+        EMBED_AND_HEAD, TIME_QKV, TIME_ROPE, TIME_ATTENTION, TIME_OUTPUT, TIME_GATE_UP, TIME_DOWN, WAITING, TIMED
+    };
+    void take_seconds(double* out) {
+        memcpy(out, seconds_, sizeof seconds_);
+        memset(seconds_, 0, sizeof seconds_);
+    }
+
     void forward(const Cache& cache, const Step& step) {
         prepare(step);
         cache_ = &cache;
@@ -466,33 +476,49 @@ class Decoder {
 
     enum Phase { QKV, ATTENTION, OUTPUT, GATE_UP, DOWN, PHASES };
 
+    // Adds the time since the last call to a phase's; the first thread's clock stands for all.
+    void lap(int thread, int phase) {
+        if (thread != 0) return;
+        const auto now = std::chrono::steady_clock::now();
+        seconds_[phase] += std::chrono::duration<double>(now - last_lap_).count();
+        last_lap_ = now;
+    }
+
+    void meet(int thread, int phase) {
+        lap(thread, phase);
+        barrier_.wait();
+        lap(thread, WAITING);
+    }
+
     void run(int thread) {
         const int rows = step_->num_tokens, mixed = model_.num_heads * model_.head_dim;
+        if (thread == 0) last_lap_ = std::chrono::steady_clock::now();
         embed(thread);
-        barrier_.wait();
+        meet(thread, EMBED_AND_HEAD);
         for (int index = 0; index < model_.num_layers; index++) {
             const Layer& layer = layers_[index];
             std::atomic<int>* next = next_.data() + index * PHASES;
             rms(thread, hidden_.data(), rows);
             product(thread, next[QKV], layer.qkv, {hidden_.data(), model_.hidden, layer.input_norm}, rows,
                     qkv_.data());
-            barrier_.wait();
+            meet(thread, TIME_QKV);
             place(thread, layer, index);
-            barrier_.wait();
+            meet(thread, TIME_ROPE);
             attention(thread, next[ATTENTION], layer, index);
-            barrier_.wait();
+            meet(thread, TIME_ATTENTION);
             product(thread, next[OUTPUT], layer.o, {attended_.data(), mixed, nullptr}, rows, projected_.data(),
                     1, [&](const Task& task) { add(layer.o, task); });
-            barrier_.wait();
+            meet(thread, TIME_OUTPUT);
             rms(thread, hidden_.data(), rows);
             product(thread, next[GATE_UP], layer.gate_up, {hidden_.data(), model_.hidden, layer.mlp_norm}, rows,
                     gate_up_.data(), 2, [&](const Task& task) { swiglu(layer.gate_up, task); });
-            barrier_.wait();
+            meet(thread, TIME_GATE_UP);
             product(thread, next[DOWN], layer.down, {gate_up_.data(), layer.gate_up.n, nullptr}, rows,
                     projected_.data(), 1, [&](const Task& task) { add(layer.down, task); });
-            barrier_.wait();
+            meet(thread, TIME_DOWN);
         }
         head(thread);
+        lap(thread, EMBED_AND_HEAD);
     }
 
     void embed(int thread) {
@@ -827,6 +853,8 @@ class Decoder {
     std::vector<std::atomic<int>> next_;  // of each phase: the task to take, PHASES a layer and the head's
     std::vector<Item> items_;
     std::vector<float> hidden_, scale_, qkv_, attended_, gate_up_, projected_, sampled_;
+    double seconds_[TIMED] = {};
+    std::chrono::steady_clock::time_point last_lap_;
     const Cache* cache_ = nullptr;
     const Step* step_ = nullptr;
     std::vector<std::thread> pool_;
@@ -860,5 +888,7 @@ EXPORT int32_t disagg_decoder_forward(void* decoder, const Cache* cache, const S
         return 1;
     }
 }
+
+EXPORT void disagg_decoder_seconds(void* decoder, double* out) { static_cast<Decoder*>(decoder)->take_seconds(out); }
 
 EXPORT void disagg_decoder_destroy(void* decoder) { delete static_cast<Decoder*>(decoder); }

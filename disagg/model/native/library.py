@@ -26,6 +26,9 @@ BUILD_TIMEOUT_S = 300.0
 Pointer = ctypes.c_void_p
 Int = ctypes.c_int32
 
+# What disagg_decoder_seconds counts, in its order.
+PHASES = ("embed and head", "qkv", "rope and store", "attention", "output", "gate and up", "down", "waiting")
+
 
 class KernelsUnavailableError(RuntimeError):
     """The kernels can't be built or loaded here; the message says why."""
@@ -122,6 +125,8 @@ def load_library() -> ctypes.CDLL:
     library.disagg_decoder_create.restype = Pointer
     library.disagg_decoder_forward.argtypes = (Pointer, ctypes.POINTER(Cache), ctypes.POINTER(Step))
     library.disagg_decoder_forward.restype = Int
+    library.disagg_decoder_seconds.argtypes = (Pointer, ctypes.POINTER(ctypes.c_double))
+    library.disagg_decoder_seconds.restype = None
     library.disagg_decoder_destroy.argtypes = (Pointer,)
     library.disagg_decoder_destroy.restype = None
     return library
