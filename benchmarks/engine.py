@@ -219,10 +219,11 @@ class Ours:
 
     def decode(self, batch: int, context: int) -> float:
         """Return output tokens per second of `batch` sequences around `context` tokens."""
-        engine = self.engine(batch, max(1, context - DECODE_STEPS // 2), DECODE_STEPS + 2)
-        seen = 0
-        while seen < batch:  # until every sequence has its first token
-            seen += len(engine.step(0.0))
+        # Room for the steps that the first sequences take while the last ones are still prefilled.
+        engine = self.engine(batch, max(1, context - DECODE_STEPS // 2), 4 * DECODE_STEPS)
+        started: set[str] = set()
+        while len(started) < batch:
+            started |= {output.request_id for output in engine.step(0.0)}
         seconds = timed(lambda: [engine.step(0.0) for _ in range(DECODE_STEPS)])
         for index in range(batch):
             engine.abort(str(index))
