@@ -10,6 +10,7 @@ import typer
 from disagg.bench.cli import bench_app
 from disagg.cli.doctor import doctor
 from disagg.cli.serve import serve
+from disagg.cli.simulate import simulate
 from disagg.cli.status import status
 from disagg.cli.talk import chat
 
@@ -24,6 +25,7 @@ app.command()(serve)
 app.command()(chat)
 app.command()(status)
 app.command()(doctor)
+app.command()(simulate)
 app.add_typer(bench_app, name="bench")
 
 

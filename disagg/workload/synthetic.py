@@ -66,6 +66,38 @@ class GammaBursts:
 
 
 @dataclass(frozen=True)
+class Diurnal:
+    """A Poisson process whose rate follows a sine: rate * (1 + amplitude * sin(2 pi t / period)).
+
+    `rate_per_s` is the mean over a period, `amplitude` from 0 (Poisson) to 1 (down to nothing at night).
+    """
+
+    rate_per_s: float
+    amplitude: float = 0.5
+    period_s: float = 86_400.0
+
+    def __post_init__(self) -> None:
+        _check_rate(self.rate_per_s)
+        if not 0 <= self.amplitude <= 1:
+            raise WorkloadError("amplitude", f"must be in [0, 1], got {self.amplitude}")
+        if not (math.isfinite(self.period_s) and self.period_s > 0):
+            raise WorkloadError("period_s", f"must be finite and above 0, got {self.period_s}")
+
+    def times(self, count: int, rng: np.random.Generator) -> Floats:
+        # Unit-rate arrivals, mapped through the inverse of the expected count by time t.
+        expected = _from_gaps(rng.exponential(1.0, max(count - 1, 0)))
+        angular = 2 * math.pi / self.period_s
+        low, high = np.zeros(count), expected / self.rate_per_s + self.period_s
+        for _ in range(64):
+            middle = (low + high) / 2
+            swing = self.amplitude / angular * (1 - np.cos(angular * middle))
+            early = self.rate_per_s * (middle + swing) < expected
+            low, high = np.where(early, middle, low), np.where(early, high, middle)
+        times: Floats = np.maximum.accumulate(high) - high[0]
+        return times
+
+
+@dataclass(frozen=True)
 class ConstantRate:
     """One arrival every 1 / rate seconds."""
 

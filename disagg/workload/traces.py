@@ -1,4 +1,4 @@
-"""Readers of published traces: Azure LLM inference (CSV) and Mooncake (JSON lines).
+"""Readers of published traces: Azure LLM inference and BurstGPT (CSV), Mooncake and Bailian (JSON lines).
 
 A reader goes through the file once, keeps only what lies in the window, and stops where the window
 ends, so that the first minutes of a trace of many millions of rows are read in a moment.
@@ -10,7 +10,7 @@ import csv
 import itertools
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import datetime, timedelta
 from enum import StrEnum
 from pathlib import Path
@@ -20,13 +20,18 @@ from disagg.workload.types import TimedRequest, Workload, WorkloadError, window_
 
 MOONCAKE_BLOCK_TOKENS = 512
 """Tokens that one entry of `hash_ids` stands for."""
+BAILIAN_BLOCK_TOKENS = 16
+"""Likewise in the Bailian (Qwen) traces."""
 
 _AZURE_COLUMNS = ("TIMESTAMP", "ContextTokens", "GeneratedTokens")
+_BURSTGPT_COLUMNS = ("Timestamp", "Request tokens", "Response tokens")
 
 
 class TraceFormat(StrEnum):
     AZURE = "azure"
     MOONCAKE = "mooncake"
+    BURSTGPT = "burstgpt"
+    BAILIAN = "bailian"
 
 
 class TraceError(WorkloadError):
@@ -51,7 +56,7 @@ def read_trace(
     Times are the trace's own seconds since its first row; `start_s` becomes time 0. A count of 0 tokens
     (a request that was rejected or cancelled) is read as 1, since no server can be asked for less.
     """
-    parse = _parse_azure if trace_format is TraceFormat.AZURE else _parse_mooncake
+    parse = _PARSERS[trace_format]
     if limit is not None and limit < 1:
         raise WorkloadError("limit", f"must be at least 1, got {limit}")
     end_s = window_end(start_s, duration_s)
@@ -94,16 +99,8 @@ def _clip(path: Path, rows: Iterable[Row], start_s: float, end_s: float) -> Iter
 
 
 def _parse_azure(path: Path, file: TextIO) -> Iterator[Row]:
-    reader = csv.reader(file)
-    columns = _azure_columns(path, next(reader, []))
     origin: datetime | None = None
-    for cells in reader:
-        line = reader.line_num
-        if not cells:
-            continue
-        if len(cells) <= max(columns):
-            raise TraceError(path, line, "columns", f"{len(cells)} fields where {len(columns)} are needed")
-        stamp, prompt, output = (cells[column] for column in columns)
+    for line, (stamp, prompt, output) in _csv_rows(path, file, _AZURE_COLUMNS):
         when = _timestamp(path, line, stamp)
         origin = origin or when
         try:
@@ -112,25 +109,53 @@ def _parse_azure(path: Path, file: TextIO) -> Iterator[Row]:
             raise TraceError(
                 path, line, "TIMESTAMP", f"{stamp!r}: only some lines have a time zone"
             ) from None
-        yield line, _azure_row(path, line, prompt, output), since.total_seconds()
+        yield line, _csv_row(path, line, _AZURE_COLUMNS, prompt, output), since.total_seconds()
 
 
-def _azure_columns(path: Path, header: list[str]) -> list[int]:
+def _parse_burstgpt(path: Path, file: TextIO) -> Iterator[Row]:
+    origin: float | None = None
+    for line, (stamp, prompt, output) in _csv_rows(path, file, _BURSTGPT_COLUMNS):
+        try:
+            seconds = float(stamp)
+        except ValueError:
+            seconds = math.nan
+        if not math.isfinite(seconds):
+            raise TraceError(path, line, "Timestamp", f"must be a number of seconds, got {stamp!r}")
+        origin = seconds if origin is None else origin
+        yield line, _csv_row(path, line, _BURSTGPT_COLUMNS, prompt, output), seconds - origin
+
+
+def _csv_rows(path: Path, file: TextIO, wanted: Sequence[str]) -> Iterator[tuple[int, list[str]]]:
+    """Line number and the wanted columns of each row, wherever they are."""
+    reader = csv.reader(file)
+    columns = _columns(path, next(reader, []), wanted)
+    for cells in reader:
+        if not cells:
+            continue
+        line = reader.line_num
+        if len(cells) <= max(columns):
+            raise TraceError(path, line, "columns", f"{len(cells)} fields where {len(columns)} are needed")
+        yield line, [cells[column] for column in columns]
+
+
+def _columns(path: Path, header: list[str], wanted: Sequence[str]) -> list[int]:
     names = [name.strip().removeprefix("\ufeff") for name in header]
-    for column in _AZURE_COLUMNS:
+    for column in wanted:
         if column not in names:
             raise TraceError(
                 path, 1, column, f"no such column in the header ({', '.join(names) or 'empty file'})"
             )
-    return [names.index(column) for column in _AZURE_COLUMNS]
+    return [names.index(column) for column in wanted]
 
 
-def _azure_row(path: Path, line: int, prompt: str, output: str) -> Callable[[float], TimedRequest]:
+def _csv_row(
+    path: Path, line: int, columns: Sequence[str], prompt: str, output: str
+) -> Callable[[float], TimedRequest]:
     def build(arrival_s: float) -> TimedRequest:
         return TimedRequest(
             arrival_s,
-            _tokens(path, line, "ContextTokens", _integer(prompt)),
-            _tokens(path, line, "GeneratedTokens", _integer(output)),
+            _tokens(path, line, columns[1], _integer(prompt)),
+            _tokens(path, line, columns[2], _integer(output)),
         )
 
     return build
@@ -151,6 +176,14 @@ def _integer(text: str) -> object:
 
 
 def _parse_mooncake(path: Path, file: TextIO) -> Iterator[Row]:
+    return _parse_hashed(path, file, "milliseconds", 1000, MOONCAKE_BLOCK_TOKENS)
+
+
+def _parse_bailian(path: Path, file: TextIO) -> Iterator[Row]:
+    return _parse_hashed(path, file, "seconds", 1, BAILIAN_BLOCK_TOKENS)
+
+
+def _parse_hashed(path: Path, file: TextIO, unit: str, per_second: int, block_tokens: int) -> Iterator[Row]:
     origin: float | None = None
     for line, text in enumerate(file, start=1):
         if not text.strip():
@@ -158,9 +191,9 @@ def _parse_mooncake(path: Path, file: TextIO) -> Iterator[Row]:
         entry = _json_object(path, line, text)
         stamp = _field(path, line, entry, "timestamp")
         if isinstance(stamp, bool) or not isinstance(stamp, int | float) or not math.isfinite(stamp):
-            raise TraceError(path, line, "timestamp", f"must be a number of milliseconds, got {stamp!r}")
+            raise TraceError(path, line, "timestamp", f"must be a number of {unit}, got {stamp!r}")
         origin = stamp if origin is None else origin
-        yield line, _mooncake_row(path, line, entry), (stamp - origin) / 1000
+        yield line, _hashed_row(path, line, entry, block_tokens), (stamp - origin) / per_second
 
 
 def _json_object(path: Path, line: int, text: str) -> dict[str, Any]:
@@ -179,24 +212,31 @@ def _field(path: Path, line: int, entry: dict[str, Any], field: str) -> Any:
     return entry[field]
 
 
-def _mooncake_row(path: Path, line: int, entry: dict[str, Any]) -> Callable[[float], TimedRequest]:
+def _hashed_row(
+    path: Path, line: int, entry: dict[str, Any], block_tokens: int
+) -> Callable[[float], TimedRequest]:
     def build(arrival_s: float) -> TimedRequest:
         prompt = _tokens(path, line, "input_length", _field(path, line, entry, "input_length"))
         output = _tokens(path, line, "output_length", _field(path, line, entry, "output_length"))
-        blocks = _block_ids(path, line, entry, prompt)
-        return TimedRequest(arrival_s, prompt, output, blocks, MOONCAKE_BLOCK_TOKENS)
+        blocks = _block_ids(path, line, entry, prompt, block_tokens)
+        return TimedRequest(arrival_s, prompt, output, blocks, block_tokens)
 
     return build
 
 
-def _block_ids(path: Path, line: int, entry: dict[str, Any], prompt: int) -> tuple[int, ...]:
+def _block_ids(
+    path: Path, line: int, entry: dict[str, Any], prompt: int, block_tokens: int
+) -> tuple[int, ...]:
     ids = entry.get("hash_ids", [])
     if not isinstance(ids, list) or not all(type(block) is int and block >= 0 for block in ids):
         raise TraceError(path, line, "hash_ids", "must be a list of integers that are not negative")
-    most = math.ceil(prompt / MOONCAKE_BLOCK_TOKENS)
+    most = math.ceil(prompt / block_tokens)
     if len(ids) > most:
         raise TraceError(
-            path, line, "hash_ids", f"{len(ids)} blocks, but {prompt} tokens fill only {most} of 512 tokens"
+            path,
+            line,
+            "hash_ids",
+            f"{len(ids)} blocks, but {prompt} tokens fill only {most} of {block_tokens} tokens",
         )
     return tuple(ids)
 
@@ -205,3 +245,11 @@ def _tokens(path: Path, line: int, field: str, value: object) -> int:
     if type(value) is not int or value < 0:
         raise TraceError(path, line, field, f"must be a count of tokens, got {value!r}")
     return max(value, 1)
+
+
+_PARSERS: dict[TraceFormat, Callable[[Path, TextIO], Iterator[Row]]] = {
+    TraceFormat.AZURE: _parse_azure,
+    TraceFormat.MOONCAKE: _parse_mooncake,
+    TraceFormat.BURSTGPT: _parse_burstgpt,
+    TraceFormat.BAILIAN: _parse_bailian,
+}

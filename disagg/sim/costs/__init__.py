@@ -1,0 +1,1 @@
+"""Cost models: how many seconds one engine step takes on given hardware."""

@@ -1,0 +1,372 @@
+"""SimWorker: the live Engine stepped on virtual time. What service.Worker does with a thread and a clock.
+
+    idle ──command──► apply ──has_work──► step in flight ──its seconds later──► update, report ─┐
+                        ▲──────────────────────────────────────────────────────────────────────┘
+
+As in the live worker, commands (add, release, activate, abort) wait for the end of the step in flight.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+from disagg.config import EngineConfig
+from disagg.engine.engine import Engine, Reservation
+from disagg.engine.runner import Batch, ScheduledSequence
+from disagg.errors import DisaggError
+from disagg.hashing import short_hash
+from disagg.routing.types import BlockEvents, WorkerReport
+from disagg.sim.costs.base import Chunk, CostModel
+from disagg.sim.decode_run import SAMPLED, DecodeRun
+from disagg.sim.events import EventLoop
+from disagg.sim.gaps import Gaps
+from disagg.types import Request, SampledToken, StepOutput, WorkerInfo, WorkerStatus
+
+# Empty batches in a row after which an engine is taken to be stuck: one can follow a preemption.
+_MAX_EMPTY_STEPS = 64
+
+
+class VirtualRunner:
+    """Stands where a model would: it refuses no request, and the step that it is asked for is never run.
+
+    Time passes between Engine.schedule and Engine.update instead, so `execute` has nothing to do.
+    """
+
+    def check_request(self, request: Request) -> None:
+        pass
+
+    def execute(self, batch: Batch) -> list[SampledToken | None]:
+        return [SAMPLED if item.samples else None for item in batch.items]
+
+
+class Listener(Protocol):
+    """Whoever follows the requests: the simulation."""
+
+    def on_output(self, worker: SimWorker, output: StepOutput) -> None: ...
+
+    def on_prefill_begun(self, worker: SimWorker, request_id: str) -> None:
+        """Called where SimWorker.watch_prefills is set."""
+        ...
+
+    def on_reservation(self, worker: SimWorker, reservation: Reservation) -> None: ...
+
+    def on_refused(self, worker: SimWorker, request_id: str, error: DisaggError) -> None: ...
+
+
+@dataclass(slots=True)
+class Usage:
+    """Totals of one worker. busy_s: seconds in which a step ran."""
+
+    busy_s: float = 0.0
+    num_steps: int = 0
+    prompt_tokens: int = 0
+    output_tokens: int = 0
+    decode_steps: int = 0
+
+
+class SimWorker:
+    """One worker. fast: take runs of decode steps as one, see disagg.sim.decode_run.
+
+    arrived: KV of a hand-off is there before its request is added, so a reservation is active at once.
+    slowdown: factor on every step's seconds, of steps that begin from now on.
+    """
+
+    def __init__(
+        self,
+        info: WorkerInfo,
+        config: EngineConfig,
+        cost: CostModel,
+        loop: EventLoop,
+        listener: Listener,
+        gaps: Gaps,
+        *,
+        pool: str = "",
+        fast: bool = True,
+        arrived: bool = False,
+        watch_prefills: bool = False,
+    ) -> None:
+        self.info = info
+        self.pool = pool
+        self.usage = Usage()
+        self.slowdown = 1.0
+        self.watch_prefills = watch_prefills
+        self.engine = Engine(
+            config,
+            VirtualRunner(),
+            num_blocks=info.kv_blocks_total + 1,
+            max_model_len=info.max_model_len,
+            hash_model=info.model_fingerprint,
+            eos_token_ids=(),
+        )
+        self._cost = cost
+        self._loop = loop
+        self._listener = listener
+        self._gaps = gaps
+        self._run = DecodeRun(self.engine, hashing=config.enable_prefix_caching) if fast else None
+        self._arrived = arrived
+        self._commands: list[Callable[[], None]] = []
+        self._in_flight = False
+        self._lines: dict[int, tuple[float, float]] = {}
+        # What the step in flight computes besides the decodes of the run.
+        self._items: list[ScheduledSequence] = []
+        # Of the event that ends the step in flight; a leg that is cut short gets another.
+        self._version = 0
+        self._alive = True
+        self._num_reports = 0
+
+    # -- commands ------------------------------------------------------------------------------------
+
+    def add(self, request: Request, *, hold: bool = False, remote_kv: int = 0) -> None:
+        self._command(lambda: self._add(request, hold, remote_kv))
+
+    def _add(self, request: Request, hold: bool, remote_kv: int) -> None:
+        try:
+            self.engine.add(request, now=self._loop.now, hold=hold, remote_kv=remote_kv)
+        except DisaggError as error:
+            self._listener.on_refused(self, request.request_id, error)
+
+    def release(self, request_id: str) -> None:
+        self._command(lambda: _drop(self.engine.release(request_id)))
+
+    def activate(self, request_id: str, num_computed_tokens: int) -> None:
+        self._command(lambda: self._activate(request_id, num_computed_tokens))
+
+    def _activate(self, request_id: str, num_computed_tokens: int) -> None:
+        self.engine.activate(request_id, num_computed_tokens, self._loop.now)
+        if self._run is not None:
+            self._run.join_if_ready(request_id)
+
+    def abort(self, request_id: str) -> None:
+        self._command(lambda: _drop(self.engine.abort(request_id)))
+
+    def _command(self, command: Callable[[], None]) -> None:
+        if not self._alive:
+            return
+        self._commands.append(command)
+        if not self._in_flight:
+            self._continue()
+        elif self._run is not None and (end := self._run.cut(self._loop.now)) is not None:
+            self._version += 1
+            self._loop.at(end, self._end_leg, self._version)
+
+    # -- steps ---------------------------------------------------------------------------------------
+
+    def _continue(self) -> None:
+        """At a step's boundary: apply commands and begin the next step, if there is one."""
+        # Set before commands run: what they cause must queue here rather than step inside a step.
+        self._in_flight = True
+        for _ in range(_MAX_EMPTY_STEPS):
+            while self._commands:
+                commands, self._commands = self._commands, []
+                for command in commands:
+                    command()
+            if self._begin_step():
+                return
+            if not self.engine.has_work() and not self._commands:
+                break
+        else:
+            raise RuntimeError(f"{self.info.worker_id} has work and never a batch")
+        self._in_flight = False
+
+    def _begin_step(self) -> bool:
+        """Begin a step, or a leg of many; False where the Scheduler has nothing to run."""
+        run = self._run
+        if run is None:
+            batch = self._next_batch()
+            if batch.items:
+                self._begin_exact(batch)
+                return True
+        elif run.goes_on():
+            self._begin_leg(run, [], single=False)
+            return True
+        elif not run.engine_is_empty:
+            items = self._get_admitted(run) if run.admits_all() else self._join(run, self._settled_batch(run))
+            if items or run.size:
+                single = bool(items or self.engine._scheduler._reservations)
+                self._begin_leg(run, items, single=single)
+                return True
+        self._report_reservations()
+        return False
+
+    def _get_admitted(self, run: DecodeRun) -> list[ScheduledSequence]:
+        items = run.ask_admission(self._loop.now)
+        arrived = self._take_arrived() if self._arrived else []
+        for request_id in arrived:
+            run.join_if_ready(request_id)
+        # One more decode leaves a token less for the chunks.
+        return self._join(run, self.engine.schedule(self._loop.now)) if arrived and items else items
+
+    def _settled_batch(self, run: DecodeRun) -> Batch:
+        run.settle()
+        return self._next_batch()
+
+    def _next_batch(self) -> Batch:
+        now = self._loop.now
+        batch = self.engine.schedule(now)
+        if self._arrived and self._take_arrived():
+            batch = self.engine.schedule(now)
+        return batch
+
+    def _join(self, run: DecodeRun, batch: Batch) -> list[ScheduledSequence]:
+        """See that the run has exactly the batch's decodes; return the rest, which are chunks of prompts."""
+        chunks = []
+        for item in batch.items:
+            if item.seq in run:
+                continue
+            if _is_decode(item):
+                run.join(item.seq)
+            else:
+                chunks.append(item)
+        if run.size != len(batch.items) - len(chunks):
+            run.keep(item.seq for item in batch.items if item.seq in run)
+        return chunks
+
+    def _begin_leg(self, run: DecodeRun, items: list[ScheduledSequence], *, single: bool) -> None:
+        if items:
+            seconds = self._cost.step_s(self._chunks(items), run.size, run.context)
+            fixed, slope = seconds, 0.0
+        else:
+            line = self._lines.get(run.size)
+            if line is None:
+                line = self._lines[run.size] = self._cost.decode_line(run.size)
+            fixed, slope = line
+        self._items = items
+        end = run.begin(self._loop.now, fixed * self.slowdown, slope * self.slowdown, single=single)
+        self._version += 1
+        self._loop.at(end, self._end_leg, self._version)
+
+    def _end_leg(self, version: int) -> None:
+        run = self._run
+        if version != self._version or run is None:
+            return
+        self._count(run.leg_steps, run.seconds(run.leg_steps), run.size)
+        prompts = self._items
+        items = run.end() + prompts
+        if not items:
+            self._after_step([])
+            return
+        self._items = []
+        sampled = [SAMPLED if item.samples else None for item in items]
+        outputs = self.engine.update(Batch(tuple(items)), sampled, self._loop.now)
+        for item in prompts:
+            run.join_if_ready(item.seq.request.request_id)
+        self._after_step(outputs)
+
+    def _begin_exact(self, batch: Batch) -> None:
+        decodes = [item.seq for item in batch.items if _is_decode(item)]
+        chunks = self._chunks([item for item in batch.items if not _is_decode(item)])
+        context = sum(len(seq.token_ids) for seq in decodes)
+        seconds = self._cost.step_s(chunks, len(decodes), context) * self.slowdown
+        self._count(1, seconds, len(decodes))
+        self._version += 1
+        self._loop.at(self._loop.now + seconds, self._end_exact, (batch, self._version))
+
+    def _end_exact(self, event: tuple[Batch, int]) -> None:
+        batch, version = event
+        if version == self._version:
+            sampled = [SAMPLED if item.samples else None for item in batch.items]
+            self._after_step(self.engine.update(batch, sampled, self._loop.now))
+
+    def _chunks(self, items: list[ScheduledSequence]) -> list[Chunk]:
+        chunks = []
+        for item in items:
+            seq = item.seq
+            chunks.append(Chunk(item.num_tokens, seq.num_computed_tokens))
+            self.usage.prompt_tokens += item.num_tokens
+            if self.watch_prefills and seq.hold:
+                self._listener.on_prefill_begun(self, seq.request.request_id)
+        return chunks
+
+    def _count(self, steps: int, seconds: float, num_decodes: int) -> None:
+        usage = self.usage
+        usage.busy_s += seconds
+        usage.num_steps += steps
+        if num_decodes:
+            usage.decode_steps += steps
+            usage.output_tokens += steps * num_decodes
+            self._gaps.add(seconds / steps, steps * num_decodes)
+
+    def _after_step(self, outputs: list[StepOutput]) -> None:
+        self._report_reservations()
+        for output in outputs:
+            self._listener.on_output(self, output)
+        self._continue()
+
+    # -- hand-off ------------------------------------------------------------------------------------
+
+    def _report_reservations(self) -> None:
+        if not self.engine._scheduler._reservations:
+            return
+        for reservation in self.engine.take_reservations():
+            self._listener.on_reservation(self, reservation)
+
+    def _take_arrived(self) -> list[str]:
+        """Activate what was just reserved, since its KV is here; return whose that was."""
+        reservations = self.engine.take_reservations()
+        for reservation in reservations:
+            num_tokens = len(reservation.block_ids) * self.info.block_size
+            self._listener.on_reservation(self, reservation)
+            self.engine.activate(reservation.request_id, num_tokens, self._loop.now)
+        return [reservation.request_id for reservation in reservations]
+
+    # -- state ---------------------------------------------------------------------------------------
+
+    def report(self, *, with_blocks: bool) -> WorkerReport:
+        """Return what a live worker's heartbeat says now."""
+        run, lagging = self._run, 0
+        if run is not None:
+            if self._in_flight:
+                self._count_ended_steps(run)
+            if run.must_settle:
+                run.settle(in_flight=self._in_flight)
+            elif run.size:
+                lagging = run.missing_blocks()
+        load = self.engine.load()
+        if lagging:
+            load = replace(load, kv_blocks_used=load.kv_blocks_used + lagging)
+        blocks = self._block_events() if with_blocks else None
+        return WorkerReport(self.info, WorkerStatus.READY, load, blocks)
+
+    def _count_ended_steps(self, run: DecodeRun) -> None:
+        steps = min(run.steps_done(self._loop.now), run.leg_steps - 1)
+        if steps > 0:
+            self._count(steps, run.seconds(steps), run.size)
+            run.split(steps)
+
+    def _block_events(self) -> BlockEvents | None:
+        events = self.engine.block_events()
+        first = self._num_reports == 0
+        if not first and not events.stored and not events.removed:
+            return None
+        self._num_reports += 1
+        return BlockEvents(
+            self._num_reports - 1,
+            [short_hash(item) for item in events.stored],
+            [short_hash(item) for item in events.removed],
+            snapshot=first,
+        )
+
+    def die(self) -> None:
+        """Stop for good: nothing that is in flight ends, no command is taken."""
+        self._alive = False
+        self._version += 1
+
+    @property
+    def alive(self) -> bool:
+        return self._alive
+
+    @property
+    def busy(self) -> bool:
+        """Whether a step is in flight."""
+        return self._alive and self._in_flight
+
+
+def _is_decode(item: ScheduledSequence) -> bool:
+    """Return whether an item computes the token that its sequence drew last, and no more."""
+    return item.num_tokens == 1 and len(item.seq.token_ids) > item.seq.request.num_prompt_tokens
+
+
+def _drop(_value: object) -> None:
+    """Make a command of a call whose result says only whether there was anything to do."""
