@@ -3,24 +3,48 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from disagg.errors import ConfigError
 from disagg.types import Role
 
 BUNDLED_MODEL = Path(__file__).parent / "assets" / "tiny"
 
+# Prompts that a decode worker computes itself come in chunks of so many tokens while streams run beside them.
+DECODE_POOL_PREFILL_TOKENS = 32
+
 KVTransport = Literal["auto", "shm", "grpc", "nccl", "nixl"]
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 Quantization = Literal["int8", "int4"]
-CpuKernels = Literal["auto", "native", "torch"]
+Kernels = Literal["auto", "native", "triton", "torch"]
 
 
 class _Frozen(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+def _custom_resources(value: dict[str, float]) -> dict[str, float]:
+    for name, amount in value.items():
+        if name.lower() in ("cpu", "gpu", "memory", "object_store_memory"):
+            raise ValueError(f"{name} is one of Ray's own resources; custom ones need another name")
+        if amount <= 0:
+            raise ValueError(f"{name} must be above 0")
+    return value
+
+
+# Ray's custom resources that an actor takes of its node: how a process is kept to nodes that offer them.
+Resources = Annotated[dict[str, float], AfterValidator(_custom_resources)]
 
 
 class ModelConfig(_Frozen):
@@ -51,20 +75,22 @@ class ModelConfig(_Frozen):
 class EngineConfig(_Frozen):
     """Limits of one engine.
 
-    max_num_batched_tokens: token budget of one step, over which prompts are chunked. kv_cache_memory: bytes
-    if an int of at least 2, a fraction of the machine's (or GPU's) memory if a float up to 1. num_kv_blocks:
-    overrides it; tests use it to force preemption. kernels: what computes on a CPU; auto is native where the
-    kernels compile and fit, else torch.
+    max_num_batched_tokens: token budget of one step, over which prompts are chunked. max_prefill_tokens: that
+    of prompts in a step in which streams decode too (they wait for the whole step), None for no other.
+    kv_cache_memory: bytes if an int of at least 2, a fraction of the machine's (or GPU's) memory if a float
+    up to 1. num_kv_blocks: overrides it; tests use it to force preemption. kernels: what computes; auto is
+    native on a CPU, triton on a GPU, and torch where those can't.
     """
 
     block_size: int = Field(16, ge=1, le=1024)
     max_num_seqs: int = Field(64, ge=1)
     max_num_batched_tokens: int = Field(512, ge=1)
+    max_prefill_tokens: int | None = Field(None, ge=1)
     kv_cache_memory: int | float = 256 * 1024 * 1024
     num_kv_blocks: int | None = Field(None, ge=2)
     enable_prefix_caching: bool = True
     max_waiting: int = Field(4096, ge=1)
-    kernels: CpuKernels = "auto"
+    kernels: Kernels = "auto"
 
     @field_validator("kv_cache_memory")
     @classmethod
@@ -78,7 +104,8 @@ class PoolConfig(_Frozen):
     """One pool of workers.
 
     threads: compute threads of each; None shares the machine's cores evenly. pin_threads: keep them on cores
-    of their own where so many are free.
+    of their own where so many are free. max_num_batched_tokens, max_prefill_tokens: as in engine, over it; a
+    decode pool has DECODE_POOL_PREFILL_TOKENS unless told otherwise.
     """
 
     replicas: int = Field(1, ge=0, le=10_000)
@@ -86,8 +113,10 @@ class PoolConfig(_Frozen):
     threads: int | None = Field(None, ge=1)
     pin_threads: bool = True
     max_num_batched_tokens: int | None = Field(None, ge=1)
+    max_prefill_tokens: int | None = Field(None, ge=1)
     num_cpus: float = Field(0.0, ge=0)
     num_gpus: float = Field(0.0, ge=0)
+    resources: Resources = Field(default_factory=dict)
 
 
 class TransferConfig(_Frozen):
@@ -100,24 +129,34 @@ class TransferConfig(_Frozen):
 
 
 class RouterConfig(_Frozen):
-    """Placement. heartbeat_s: period of worker reports; a worker silent for dead_after_s is forgotten."""
+    """Placement. heartbeat_s: period of worker reports; a worker silent for dead_after_s is forgotten.
+
+    resources: custom resources of Ray that the router and the controller each take of their node.
+    """
 
     policy: Literal["prefix_aware", "least_loaded", "round_robin"] = "prefix_aware"
     heartbeat_s: float = Field(0.5, gt=0)
     dead_after_s: float = Field(3.0, gt=0)
     max_resumes: int = Field(8, ge=0)
+    resources: Resources = Field(default_factory=dict)
 
 
 class FrontendConfig(_Frozen):
-    """Where clients connect. request_timeout_s: deadline of a request that names none."""
+    """Where clients connect. request_timeout_s: deadline of a request that names none.
+
+    api_key_file: read for the key by each front end when it starts, which fails if there is none: so a key
+    need not stand in a configuration that Ray shows. resources: custom resources of Ray of each front end.
+    """
 
     host: str = "127.0.0.1"
     port: int = Field(8000, ge=0, le=65535)
     grpc_port: int = Field(9000, ge=0, le=65535)
     api_key: str | None = Field(None, repr=False)
+    api_key_file: str | None = None
     max_body_bytes: int = Field(8 * 1024 * 1024, ge=1024)
     request_timeout_s: float = Field(600.0, gt=0)
     replicas: int = Field(1, ge=1)
+    resources: Resources = Field(default_factory=dict)
 
     @field_validator("api_key")
     @classmethod
@@ -126,6 +165,33 @@ class FrontendConfig(_Frozen):
             # An empty key would look like protection and admit everyone.
             raise ValueError("an API key must not be empty")
         return value
+
+    @model_validator(mode="after")
+    def _one_key(self) -> FrontendConfig:
+        if self.api_key is not None and self.api_key_file is not None:
+            raise ValueError("give api_key or api_key_file, not both")
+        return self
+
+    def with_key_read(self) -> FrontendConfig:
+        """Return this with the key from `api_key_file` in it. Raises ConfigError where it holds none."""
+        if self.api_key_file is None:
+            return self
+        try:
+            key = Path(self.api_key_file).read_text().strip()
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"api_key_file: can't read it: {error}", param="api_key_file") from None
+        if not key:
+            raise ConfigError(f"api_key_file: {self.api_key_file} is empty", param="api_key_file")
+        return self.model_copy(update={"api_key": key, "api_key_file": None})
+
+
+class NetworkConfig(_Frozen):
+    """Where router and workers listen, for each other and for front ends.
+
+    host: an address of every node; "auto" is the one by which Ray knows each node, for clusters of several.
+    """
+
+    host: str = Field("127.0.0.1", min_length=1)
 
 
 class ClusterConfig(_Frozen):
@@ -139,16 +205,21 @@ class ClusterConfig(_Frozen):
     transfer: TransferConfig = TransferConfig()
     router: RouterConfig = RouterConfig()
     frontend: FrontendConfig = FrontendConfig()
+    network: NetworkConfig = NetworkConfig()
 
     def pool(self, role: Role) -> PoolConfig:
         return {Role.PREFILL: self.prefill, Role.DECODE: self.decode, Role.MIXED: self.mixed}[role]
 
     def engine_for(self, role: Role) -> EngineConfig:
         """Return the engine's limits in one pool: the common ones with the pool's own over them."""
-        budget = self.pool(role).max_num_batched_tokens
-        if budget is None:
-            return self.engine
-        return self.engine.model_copy(update={"max_num_batched_tokens": budget})
+        pool = self.pool(role)
+        own = {
+            "max_num_batched_tokens": pool.max_num_batched_tokens,
+            "max_prefill_tokens": pool.max_prefill_tokens,
+        }
+        if role is Role.DECODE and self.engine.max_prefill_tokens is None:
+            own["max_prefill_tokens"] = own["max_prefill_tokens"] or DECODE_POOL_PREFILL_TOKENS
+        return self.engine.model_copy(update={key: value for key, value in own.items() if value is not None})
 
 
 def parse_config(data: dict[str, Any]) -> ClusterConfig:

@@ -22,6 +22,14 @@ async def router_address(timeout_s: float = 10.0) -> str:
     return address
 
 
+def listen_address(host: str) -> str:
+    """Return where a server of this process listens: `host`, or for "auto" this node's address in Ray."""
+    if host != "auto":
+        return host
+    address: str = ray.util.get_node_ip_address()  # type: ignore[no-untyped-call]
+    return address
+
+
 class RouterActor:
     """Runs the router's gRPC server. Ray restarts the actor when its process dies."""
 
@@ -39,7 +47,7 @@ class RouterActor:
         async with self._lock:
             if self._address is None:
                 self._server = RouterServer(self._config.router, self._secret)
-                self._address = await self._server.start(self._host)
+                self._address = await self._server.start(listen_address(self._host))
         return self._address
 
     async def num_frontends(self) -> int:
@@ -80,7 +88,14 @@ class WorkerActor:
         from disagg.types import Role
 
         worker_id, role, config, secret, threads, host = self._arguments
-        spec = WorkerSpec(worker_id, Role(role), ClusterConfig.model_validate(config), secret, threads, host)
+        spec = WorkerSpec(
+            worker_id,
+            Role(role),
+            ClusterConfig.model_validate(config),
+            secret,
+            threads,
+            listen_address(host),
+        )
         self._process = WorkerProcess(spec, router_address)
         await self._process.start()
 

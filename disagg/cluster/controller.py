@@ -118,7 +118,7 @@ class Controller:
             raise cause from None
 
     def _get_or_create_router(self) -> Actor:
-        options = self.actor_options(ROUTER_NAME, max_restarts=-1)
+        options = self.actor_options(ROUTER_NAME, max_restarts=-1, resources=self._config.router.resources)
         actor_class: Any = ray.remote(RouterActor)
         return actor_class.options(**options).remote(
             self._config.model_dump(mode="json"), self._secret, self._host
@@ -130,6 +130,7 @@ class Controller:
             worker_actor_name(slot.worker_id),
             num_cpus=pool.num_cpus,
             num_gpus=pool.num_gpus,
+            resources=pool.resources,
             scheduling_strategy="SPREAD",
         )
         actor_class: Any = ray.remote(WorkerActor)
@@ -224,13 +225,15 @@ class Controller:
 
 
 def get_or_create_controller(
-    config: ClusterConfig, secret: str, *, host: str = "127.0.0.1", orphan_timeout_s: float | None = None
+    config: ClusterConfig, secret: str, *, orphan_timeout_s: float | None = None
 ) -> Actor:
     """Return the cluster's controller, created if there is none. It survives its creator."""
-    options = Controller.actor_options(CONTROLLER_NAME, max_restarts=-1, max_task_retries=-1)
+    options = Controller.actor_options(
+        CONTROLLER_NAME, max_restarts=-1, max_task_retries=-1, resources=config.router.resources
+    )
     # Clients' keys are the front ends' business; what is not passed on can't leak from here.
     public = config.model_copy(update={"frontend": config.frontend.model_copy(update={"api_key": None})})
     actor_class: Any = ray.remote(Controller)
     return actor_class.options(**options).remote(
-        public.model_dump(mode="json"), secret, host, orphan_timeout_s
+        public.model_dump(mode="json"), secret, config.network.host, orphan_timeout_s
     )

@@ -51,13 +51,15 @@ class _LateApp:
         await send({"type": "lifespan.shutdown.complete"})
 
     async def _start(self) -> None:
+        # The key of a file is read here and nowhere before, so that it never leaves the front end.
+        front = self._config.frontend.with_key_read()
         controller: Any = get_or_create_controller(
             self._config, secrets.token_hex(32), orphan_timeout_s=ORPHAN_TIMEOUT_S
         )
         secret: Any = await controller.secret.remote()
         await controller.start.remote()
         self._controller_runs = controller.run.remote()
-        self._gateway = Gateway(self._config, secret, router_address)
+        self._gateway = Gateway(self._config.model_copy(update={"frontend": front}), secret, router_address)
         await self._gateway.start()
         self._app = create_app(self._gateway)
 
@@ -84,7 +86,7 @@ def build(args: dict[str, Any] | None = None) -> Application:
         num_replicas=config.frontend.replicas,
         # Streams are bounded by the workers' queues, not by Serve's.
         max_ongoing_requests=10_000,
-        ray_actor_options={"num_cpus": 0},
+        ray_actor_options={"num_cpus": 0, "resources": config.frontend.resources},
         health_check_period_s=2.0,
         graceful_shutdown_timeout_s=10.0,
         logging_config={"enable_access_log": False, "log_level": "WARNING"},

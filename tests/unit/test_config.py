@@ -32,6 +32,10 @@ def test_defaults_are_one_worker_each() -> None:
         ({"engine": {"kv_cache_memory": 0}}, "engine.kv_cache_memory"),
         ({"frontend": {"port": 70000}}, "frontend.port"),
         ({"frontend": {"api_key": "  "}}, "frontend.api_key"),
+        ({"frontend": {"api_key": "k", "api_key_file": "f"}}, "frontend"),
+        ({"network": {"host": ""}}, "network.host"),
+        ({"prefill": {"resources": {"GPU": 1}}}, "prefill.resources"),
+        ({"router": {"resources": {"slot": 0}}}, "router.resources"),
         ({"transfer": {"kv_transport": "pigeon"}}, "transfer.kv_transport"),
         ({"transfer": {"kv_transport": "nccl"}}, "kv_transport"),
         ({"model": {"quantization": "int3"}}, "model.quantization"),
@@ -80,3 +84,27 @@ def test_the_serve_example_is_a_valid_configuration() -> None:
 
 def test_an_api_key_is_not_printed() -> None:
     assert "sesame" not in repr(parse_config({"frontend": {"api_key": "sesame"}}))
+
+
+def test_the_key_of_a_file_is_read_without_its_line_end_and_kept_out_of_repr(tmp_path: Path) -> None:
+    (tmp_path / "key").write_text("sesame\n")
+    front = parse_config({"frontend": {"api_key_file": str(tmp_path / "key")}}).frontend
+    assert front.with_key_read().api_key == "sesame"
+    assert "sesame" not in repr(front.with_key_read())
+
+
+@pytest.mark.parametrize("content", [None, "", " \n", b"\xff\xfe"])
+def test_a_key_file_without_a_key_is_refused_rather_than_serving_everyone(
+    tmp_path: Path, content: str | bytes | None
+) -> None:
+    path = tmp_path / "key"
+    if content is not None:
+        path.write_bytes(content.encode() if isinstance(content, str) else content)
+    with pytest.raises(ConfigError) as error:
+        parse_config({"frontend": {"api_key_file": str(path)}}).frontend.with_key_read()
+    assert error.value.param == "api_key_file"
+
+
+def test_without_a_key_file_the_front_end_stays_as_it_is() -> None:
+    front = parse_config({"frontend": {"api_key": "sesame"}}).frontend
+    assert front.with_key_read() is front
