@@ -13,6 +13,10 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 # A proxy in the environment must not get between a test and loopback.
 os.environ["NO_PROXY"] = os.environ["no_proxy"] = "127.0.0.1,localhost"
+# Without a GPU, Triton kernels run in its interpreter. Triton reads this once, when it is first imported, and
+# transformers imports it, so it is set before any test module is collected.
+if not Path("/dev/nvidiactl").exists():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 _ROOT = Path(__file__).parent
 _OUTCOMES = ("passed", "failed", "error", "skipped")

@@ -1,0 +1,35 @@
+"""Every kernel compiles for sm_90 and fits its shared memory, on a machine without a GPU."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+HOPPER_SHARED_BYTES = 232_448
+ROOT = Path(__file__).resolve().parents[3]
+
+
+def test_all_kernels_compile_for_hopper(tmp_path: Path) -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment |= {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
+    script = Path(__file__).with_name("kernels_compile.py")
+    result = subprocess.run(
+        [sys.executable, str(script)], env=environment, capture_output=True, text=True, timeout=280
+    )
+    assert result.returncode == 0, result.stderr[-4000:]
+    kernels = json.loads(result.stdout.splitlines()[-1])
+    written = {
+        line.split("(")[0].removeprefix("def ")
+        for path in (ROOT / "disagg/model/kernels").glob("*.py")
+        for line in path.read_text().splitlines()
+        if line.startswith("def ") and "_kernel(" in line
+    }
+    assert {kernel["name"] for kernel in kernels} == written
+    for kernel in kernels:
+        assert kernel["cubin_bytes"] > 0
+        assert kernel["shared"] <= HOPPER_SHARED_BYTES, kernel
+        if kernel["name"] in {"_partial_kernel", "_prefill_kernel"}:
+            assert kernel["tensor_cores"], kernel
