@@ -128,6 +128,21 @@ class TransferConfig(_Frozen):
     chunk_bytes: int = Field(2 * 1024 * 1024, ge=4096)
 
 
+class TLSConfig(_Frozen):
+    """TLS between the cluster's own processes, gRPC and KV streams alike. Files are PEM.
+
+    certificate, key: of this process. ca: the authorities that peers' certificates are checked against.
+    mutual: whoever connects must show a certificate too. server_name: name that peers' certificates have;
+    None is the host under which each is reached.
+    """
+
+    certificate: str
+    key: str
+    ca: str
+    mutual: bool = True
+    server_name: str | None = None
+
+
 class RouterConfig(_Frozen):
     """Placement. heartbeat_s: period of worker reports; a worker silent for dead_after_s is forgotten.
 
@@ -203,6 +218,7 @@ class ClusterConfig(_Frozen):
     decode: PoolConfig = PoolConfig()
     mixed: PoolConfig = PoolConfig(replicas=0)
     transfer: TransferConfig = TransferConfig()
+    tls: TLSConfig | None = None
     router: RouterConfig = RouterConfig()
     frontend: FrontendConfig = FrontendConfig()
     network: NetworkConfig = NetworkConfig()

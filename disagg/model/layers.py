@@ -122,11 +122,16 @@ class RotaryEmbedding:
 
     def __call__(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Return cosine and sine, each [T, 1, head_dim / 2], of positions [T]."""
-        angles = (positions.to(torch.float32)[:, None] * self._frequencies)[:, None, :]
+        cos, sin = self.tables(positions)
+        return cos[:, None].to(self._dtype), sin[:, None].to(self._dtype)
+
+    def tables(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Return cosine and sine, each float32 [T, head_dim / 2], of positions [T]."""
+        angles = positions.to(torch.float32)[:, None] * self._frequencies
         cos, sin = angles.cos(), angles.sin()
         if self._scale != 1.0:
             cos, sin = cos * self._scale, sin * self._scale
-        return cos.to(self._dtype), sin.to(self._dtype)
+        return cos, sin
 
 
 def rotate_(x: Tensor, cos: Tensor, sin: Tensor) -> None:

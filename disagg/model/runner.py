@@ -2,43 +2,23 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Protocol
 
 import torch
-from torch import Tensor
 
-from disagg.config import CpuKernels, EngineConfig, Quantization
+from disagg.config import EngineConfig, Quantization
 from disagg.engine.runner import Batch
 from disagg.errors import ConfigError, InvalidRequestError
 from disagg.model.config import DTYPES, ModelSpec, read_spec
+from disagg.model.decoders import Decoder, choose_decoder
 from disagg.model.kv_cache import Buffer, KVCache, layout, num_blocks_for
-from disagg.model.native.decoder import NativeDecoder
-from disagg.model.native.library import KernelsUnavailableError
 from disagg.model.sampler import Sampler
-from disagg.model.step import StepInput, step_input
+from disagg.model.step import step_input
 from disagg.model.transformer import Transformer
 from disagg.model.weights import fingerprint
 from disagg.types import KVLayout, Request, SampledToken
-
-log = logging.getLogger(__name__)
-
-
-class Decoder(Protocol):
-    """A model's weights and the code that computes with them.
-
-    own_threads: computes with threads of its own rather than torch's.
-    """
-
-    spec: ModelSpec
-    own_threads: bool
-
-    def forward(self, step: StepInput, cache: KVCache) -> Tensor:
-        """Return float32 logits [S, vocab_size] of step.sample_rows; writes all tokens' KV."""
-        ...
 
 
 class ModelRunner:
@@ -181,41 +161,10 @@ def load_runner(
     with torch.inference_mode():
         model = Transformer(spec, dtype=kv_cache.dtype, device=torch.device(device))
         model.load()
-        decoder = _decoder(model, engine_config.kernels, quantization)
+        decoder = choose_decoder(
+            model, kv_cache, engine_config, max_model_len=limit, quantization=quantization
+        )
     return ModelRunner(decoder, kv_cache, limit)
-
-
-def _decoder(model: Transformer, kernels: CpuKernels, quantization: Quantization | None) -> Decoder:
-    """Return the fastest decoder for the model's device and dtype, or the one that was asked for."""
-    reason = _why_not_native(model, kernels)
-    if reason is None:
-        try:
-            decoder = NativeDecoder(
-                model, num_threads=torch.get_num_threads(), weights=quantization or "float32"
-            )
-        except KernelsUnavailableError as error:
-            reason = str(error)
-        else:
-            log.info("computing with native CPU kernels, %d threads", decoder.num_threads)
-            return decoder
-    if kernels == "native":
-        raise ConfigError(f"kernels: native is not possible here: {reason}", param="kernels")
-    if quantization is not None:
-        raise ConfigError(f"quantization needs the native CPU kernels: {reason}", param="quantization")
-    log.log(logging.INFO if kernels == "torch" else logging.WARNING, "computing with torch: %s", reason)
-    model.pack()
-    return model
-
-
-def _why_not_native(model: Transformer, kernels: CpuKernels) -> str | None:
-    weight = model.embed_tokens
-    if kernels == "torch":
-        return "kernels: torch was asked for"
-    if weight.device.type != "cpu":
-        return f"they compute on CPUs, not on {weight.device.type}"
-    if weight.dtype != torch.float32:
-        return f"they compute in float32, not in {weight.dtype}"
-    return None
 
 
 def _model_len(spec: ModelSpec, max_model_len: int | None, capacity: int) -> int:

@@ -14,7 +14,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from disagg.config import BUNDLED_MODEL, CpuKernels, DType, Quantization, parse_config
+from disagg.config import BUNDLED_MODEL, DType, Kernels, Quantization, parse_config
 from disagg.engine.engine import Engine
 from disagg.errors import ConfigError, DisaggError, InvalidRequestError
 from disagg.model.runner import ModelRunner, load_runner
@@ -108,7 +108,7 @@ class LLM:
         max_num_batched_tokens: int = 1024,
         kv_cache_memory: int | float = DEFAULT_KV_CACHE_BYTES,
         enable_prefix_caching: bool = True,
-        kernels: CpuKernels = "auto",
+        kernels: Kernels = "auto",
         num_threads: int | None = None,
         device: str = "cpu",
     ) -> None:

@@ -16,7 +16,7 @@ from transformers import (
     Qwen3Config,
 )
 
-from disagg.config import CpuKernels, EngineConfig
+from disagg.config import EngineConfig, Kernels
 from disagg.engine.runner import Batch, ScheduledSequence
 from disagg.engine.sequence import Sequence
 from disagg.model.runner import ModelRunner, load_runner
@@ -96,7 +96,7 @@ def reference_logits(model: PreTrainedModel, tokens: SequenceOf[int]) -> torch.T
 
 
 #: What runner_for computes with where a test does not say; tests of every backend change it.
-KERNELS: dict[str, CpuKernels] = {"default": "auto"}
+KERNELS: dict[str, Kernels] = {"default": "auto"}
 
 
 def runner_for(
@@ -104,7 +104,7 @@ def runner_for(
     *,
     block_size: int = 4,
     num_blocks: int = 64,
-    kernels: CpuKernels | None = None,
+    kernels: Kernels | None = None,
     num_threads: int = 1,
     **options: object,
 ) -> ModelRunner:
