@@ -43,7 +43,7 @@ class DecodeRun:
         self._may_lag = not hashing
         # The step up to which each sequence's engine state is true.
         self._members: dict[Sequence, int] = {}
-        self._ends: list[tuple[int, tuple[int, int], Sequence]] = []
+        self._ends: list[tuple[int, tuple[int, float, int], Sequence]] = []
         self._steps = 0
         self._settled_at = 0
         self.size = 0
@@ -104,28 +104,6 @@ class DecodeRun:
             and self._may_lag
             and self._growth(1) <= self._pool.num_free
         )
-
-    def admits_all(self) -> bool:
-        """Return whether only admission is open, and blocks don't limit it.
-
-        That is so where all that runs takes part, and what lags together with all that waits fits into what
-        is free: nothing is preempted then, and the Scheduler admits the same whether it knows of the lag.
-        """
-        scheduler = self._scheduler
-        if self.size != len(scheduler.running) or not self._may_lag:
-            return False
-        size = self._pool.block_size
-        wanted = self.size + len(scheduler.receiving)
-        for _, _, seq in scheduler.waiting._heap:
-            wanted += len(seq.token_ids) // size + 2
-        return self._growth(1) + wanted <= self._pool.num_free
-
-    def ask_admission(self, now: float) -> list[ScheduledSequence]:
-        """Ask the Scheduler for admissions alone; return the chunks of prompts that join the next step."""
-        scheduler, items = self._scheduler, list[ScheduledSequence]()
-        if len(scheduler.waiting):
-            scheduler._admit(items, scheduler._token_budget - self.size, now)
-        return items
 
     def _growth(self, steps: int) -> int:
         """Return how many blocks these sequences take at most in their lag and so many steps more."""

@@ -22,6 +22,7 @@ from disagg.config import EngineConfig, RouterConfig, load_config
 from disagg.errors import ConfigError
 from disagg.sim.costs.base import CostModel
 from disagg.sim.costs.distserve import load_distserve
+from disagg.sim.costs.free import FreeCost
 from disagg.sim.costs.profile import load_profile
 from disagg.sim.costs.roofline import RooflineCost
 from disagg.sim.costs.table import BATCH_TOKENS, load_table
@@ -61,13 +62,14 @@ class ModelSpec(_Frozen):
 
 
 class CostSpec(_Frozen):
-    """Which cost model, and from which file (all but the roofline need one).
+    """Which cost model, and from which file (all but the roofline and free need one).
 
     name: of the hardware in a table, where it is not the pool's. batch_tokens: of a table, see TableCost.
-    The efficiencies and the overhead are the roofline's.
+    The efficiencies and the overhead are the roofline's. free: steps take no time, which leaves the other
+    phase alone to be looked at.
     """
 
-    kind: Literal["roofline", "table", "distserve", "profile"] = "roofline"
+    kind: Literal["roofline", "table", "distserve", "profile", "free"] = "roofline"
     file: Path | None = None
     name: str | None = None
     batch_tokens: int | None = Field(BATCH_TOKENS, ge=1)
@@ -77,15 +79,15 @@ class CostSpec(_Frozen):
 
     @model_validator(mode="after")
     def _file_where_needed(self) -> CostSpec:
-        if self.kind != "roofline" and self.file is None:
+        if self.kind not in ("roofline", "free") and self.file is None:
             raise ValueError(f"file: {self.kind} needs one")
         return self
 
 
 class PoolSpec(_Frozen):
-    """Workers of one kind. tensor_parallel_size: GPUs of each.
+    """Workers of one kind. tensor_parallel_size, pipeline_parallel_size: GPUs of each, multiplied.
 
-    num_kv_blocks: per worker; None computes it from what the weights leave of memory_share of the memory.
+    A pipeline of n stages is simulated as n engines that share it, see disagg.sim.pipeline. num_kv_blocks: per worker; None computes it from what the weights leave of memory_share of the memory.
     cost, bandwidth_gb_s and the engine's limits stand over the cluster's.
     """
 
@@ -93,12 +95,21 @@ class PoolSpec(_Frozen):
     replicas: int = Field(ge=0, le=100_000)
     hardware: str
     tensor_parallel_size: int = Field(1, ge=1)
+    pipeline_parallel_size: int = Field(1, ge=1)
     memory_share: float = Field(0.9, gt=0, le=1)
     num_kv_blocks: int | None = Field(None, ge=1)
     max_num_seqs: int | None = Field(None, ge=1)
     max_num_batched_tokens: int | None = Field(None, ge=1)
     bandwidth_gb_s: float | None = Field(None, gt=0)
     cost: CostSpec | None = None
+
+    @property
+    def gpus_per_worker(self) -> int:
+        return self.tensor_parallel_size * self.pipeline_parallel_size
+
+    @property
+    def num_gpus(self) -> int:
+        return self.replicas * self.gpus_per_worker
 
 
 class LinkSpec(_Frozen):
@@ -188,6 +199,8 @@ class SimSpec(_Frozen):
         """Return the pool's cost model, reading its file. Raises ConfigError."""
         spec = pool.cost or self.cost
         degree = pool.tensor_parallel_size
+        if spec.kind == "free":
+            return FreeCost()
         if spec.kind == "roofline" or spec.file is None:
             return RooflineCost(
                 self.shape,
@@ -210,12 +223,12 @@ class SimSpec(_Frozen):
         if pool.num_kv_blocks is not None:
             return pool.num_kv_blocks
         tokens = kv_token_capacity(
-            self.shape, self.hardware_of(pool), pool.tensor_parallel_size, pool.memory_share
+            self.shape, self.hardware_of(pool), pool.gpus_per_worker, pool.memory_share
         )
         if tokens < self.engine.block_size:
             raise ConfigError(
                 f"pools.{name}.tensor_parallel_size: {self.model_name} leaves no memory for KV on "
-                f"{pool.tensor_parallel_size} x {pool.hardware}",
+                f"{pool.gpus_per_worker} x {pool.hardware}",
                 param=f"pools.{name}.tensor_parallel_size",
             )
         return tokens // self.engine.block_size

@@ -100,7 +100,7 @@ def _objectives(simulation: Simulation, duration: float) -> dict[str, Any] | Non
 
 
 def _num_gpus(simulation: Simulation) -> int:
-    return sum(pool.replicas * pool.tensor_parallel_size for pool in simulation.spec.pools.values())
+    return sum(pool.num_gpus for pool in simulation.spec.pools.values())
 
 
 def _pools(simulation: Simulation, duration: float) -> dict[str, Any]:
@@ -119,7 +119,7 @@ def _pools(simulation: Simulation, duration: float) -> dict[str, Any]:
             "role": pool.role.value,
             "hardware": pool.hardware,
             "workers": len(workers),
-            "gpus": len(workers) * pool.tensor_parallel_size,
+            "gpus": pool.num_gpus,
             "kv_blocks": workers[0].info.kv_blocks_total,
             "utilisation": float(busy.mean()),
             "utilisation_max": float(busy.max()),
@@ -148,7 +148,7 @@ def _cost(simulation: Simulation, duration: float, output_tokens: int) -> dict[s
     spec = simulation.spec
     per_hour = power = 0.0
     for pool in spec.pools.values():
-        hardware, gpus = spec.hardware_of(pool), pool.replicas * pool.tensor_parallel_size
+        hardware, gpus = spec.hardware_of(pool), pool.num_gpus
         per_hour += gpus * hardware.price_per_hour
         power += gpus * hardware.power_w
     total = per_hour * duration / 3600

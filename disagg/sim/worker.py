@@ -22,6 +22,7 @@ from disagg.sim.costs.base import Chunk, CostModel
 from disagg.sim.decode_run import SAMPLED, DecodeRun
 from disagg.sim.events import EventLoop
 from disagg.sim.gaps import Gaps
+from disagg.sim.pipeline import Pipeline
 from disagg.types import Request, SampledToken, StepOutput, WorkerInfo, WorkerStatus
 
 # Empty batches in a row after which an engine is taken to be stuck: one can follow a preemption.
@@ -70,7 +71,8 @@ class SimWorker:
     """One worker. fast: take runs of decode steps as one, see disagg.sim.decode_run.
 
     arrived: KV of a hand-off is there before its request is added, so a reservation is active at once.
-    slowdown: factor on every step's seconds, of steps that begin from now on.
+    slowdown: factor on every step's seconds, of steps that begin from now on. pipeline: stages that its steps
+    pass and share with other engines; such steps are taken singly.
     """
 
     def __init__(
@@ -86,6 +88,7 @@ class SimWorker:
         fast: bool = True,
         arrived: bool = False,
         watch_prefills: bool = False,
+        pipeline: Pipeline | None = None,
     ) -> None:
         self.info = info
         self.pool = pool
@@ -104,7 +107,9 @@ class SimWorker:
         self._loop = loop
         self._listener = listener
         self._gaps = gaps
-        self._run = DecodeRun(self.engine, hashing=config.enable_prefix_caching) if fast else None
+        self._pipeline = pipeline
+        leaps = fast and pipeline is None
+        self._run = DecodeRun(self.engine, hashing=config.enable_prefix_caching) if leaps else None
         self._arrived = arrived
         self._commands: list[Callable[[], None]] = []
         self._in_flight = False
@@ -157,6 +162,10 @@ class SimWorker:
         """At a step's boundary: apply commands and begin the next step, if there is one."""
         # Set before commands run: what they cause must queue here rather than step inside a step.
         self._in_flight = True
+        if self._pipeline is not None and self._pipeline.open_at > self._loop.now:
+            self._version += 1
+            self._loop.at(self._pipeline.open_at, self._resume, self._version)
+            return
         for _ in range(_MAX_EMPTY_STEPS):
             while self._commands:
                 commands, self._commands = self._commands, []
@@ -170,6 +179,10 @@ class SimWorker:
             raise RuntimeError(f"{self.info.worker_id} has work and never a batch")
         self._in_flight = False
 
+    def _resume(self, version: int) -> None:
+        if version == self._version:
+            self._continue()
+
     def _begin_step(self) -> bool:
         """Begin a step, or a leg of many; False where the Scheduler has nothing to run."""
         run = self._run
@@ -182,25 +195,14 @@ class SimWorker:
             self._begin_leg(run, [], single=False)
             return True
         elif not run.engine_is_empty:
-            items = self._get_admitted(run) if run.admits_all() else self._join(run, self._settled_batch(run))
+            run.settle()
+            items = self._join(run, self._next_batch())
             if items or run.size:
                 single = bool(items or self.engine._scheduler._reservations)
                 self._begin_leg(run, items, single=single)
                 return True
         self._report_reservations()
         return False
-
-    def _get_admitted(self, run: DecodeRun) -> list[ScheduledSequence]:
-        items = run.ask_admission(self._loop.now)
-        arrived = self._take_arrived() if self._arrived else []
-        for request_id in arrived:
-            run.join_if_ready(request_id)
-        # One more decode leaves a token less for the chunks.
-        return self._join(run, self.engine.schedule(self._loop.now)) if arrived and items else items
-
-    def _settled_batch(self, run: DecodeRun) -> Batch:
-        run.settle()
-        return self._next_batch()
 
     def _next_batch(self) -> Batch:
         now = self._loop.now
@@ -261,7 +263,9 @@ class SimWorker:
         seconds = self._cost.step_s(chunks, len(decodes), context) * self.slowdown
         self._count(1, seconds, len(decodes))
         self._version += 1
-        self._loop.at(self._loop.now + seconds, self._end_exact, (batch, self._version))
+        now = self._loop.now
+        end = now + seconds if self._pipeline is None else self._pipeline.enter(now, seconds)
+        self._loop.at(end, self._end_exact, (batch, self._version))
 
     def _end_exact(self, event: tuple[Batch, int]) -> None:
         batch, version = event
