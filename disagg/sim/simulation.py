@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import gc
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 from disagg.engine.engine import Reservation
@@ -23,12 +23,14 @@ from disagg.hashing import block_hashes, chain_root, short_hash
 from disagg.routing.policies import Policy
 from disagg.routing.router import Router
 from disagg.routing.types import PlacementRequest
+from disagg.sim.costs.base import CostModel
 from disagg.sim.decode_run import OUTPUT_TOKEN
 from disagg.sim.events import EventLoop
 from disagg.sim.gaps import Gaps
 from disagg.sim.links import Network, PrivateLinks, SharedLinks
+from disagg.sim.pipeline import Pipeline
 from disagg.sim.records import Outcome, Records
-from disagg.sim.spec import SimSpec
+from disagg.sim.spec import PoolSpec, SimSpec
 from disagg.sim.worker import SimWorker
 from disagg.types import FinishReason, Request, SamplingParams, StepOutput, WorkerInfo
 from disagg.workload import TimedRequest, Workload
@@ -91,6 +93,7 @@ class Simulation:
         self._hashing = spec.engine.enable_prefix_caching and any(item.block_ids for item in requests)
         self._root = chain_root(_MODEL)
         self._handoff = spec.links.handoff
+        self._costs: dict[str, CostModel] = {}
         self.workers = self._make_workers(fast)
         self.network = self._make_network()
         self._kv_bytes = spec.shape.kv_bytes_per_token
@@ -101,41 +104,55 @@ class Simulation:
         self._on_progress = on_progress
 
     def _make_workers(self, fast: bool) -> dict[str, SimWorker]:
-        spec, workers = self.spec, {}
-        for name, pool in spec.pools.items():
-            if pool.replicas == 0:
-                continue
-            config = spec.engine_of(pool).model_copy(update={"enable_prefix_caching": self._hashing})
-            cost, num_blocks = spec.cost_of(pool), spec.blocks_of(name)
+        workers: dict[str, SimWorker] = {}
+        for name, pool in self.spec.pools.items():
             for number in range(pool.replicas):
-                worker_id = f"{name}-{number}"
-                info = WorkerInfo(
-                    worker_id=worker_id,
-                    incarnation="1",
-                    role=pool.role,
-                    address="",
-                    host=worker_id,
-                    pid=0,
-                    max_model_len=spec.max_model_len,
-                    block_size=config.block_size,
-                    max_num_seqs=config.max_num_seqs,
-                    max_num_batched_tokens=config.max_num_batched_tokens,
-                    kv_blocks_total=num_blocks,
-                    model_fingerprint=_MODEL,
-                )
-                workers[worker_id] = SimWorker(
-                    info,
-                    config,
-                    cost,
-                    self.loop,
-                    self,
-                    self.gaps,
-                    pool=name,
-                    fast=fast,
-                    arrived=self._handoff != "serial",
-                    watch_prefills=self._handoff == "overlapped",
-                )
+                for worker in self._make_worker(name, pool, number, fast):
+                    workers[worker.info.worker_id] = worker
         return workers
+
+    def _make_worker(self, name: str, pool: PoolSpec, number: int, fast: bool) -> Iterator[SimWorker]:
+        """Yield the engines of one worker: one, or as many as it has pipeline stages."""
+        spec, stages = self.spec, pool.pipeline_parallel_size
+        config = spec.engine_of(pool).model_copy(update={"enable_prefix_caching": self._hashing})
+        cost, num_blocks = self._cost_of(name), spec.blocks_of(name)
+        pipeline = Pipeline(stages) if stages > 1 else None
+        for stage in range(stages):
+            worker_id = f"{name}-{number}" if pipeline is None else f"{name}-{number}.{stage}"
+            info = WorkerInfo(
+                worker_id=worker_id,
+                incarnation="1",
+                role=pool.role,
+                address="",
+                host=worker_id,
+                pid=0,
+                max_model_len=spec.max_model_len,
+                block_size=config.block_size,
+                max_num_seqs=config.max_num_seqs,
+                max_num_batched_tokens=config.max_num_batched_tokens,
+                kv_blocks_total=num_blocks // stages,
+                model_fingerprint=_MODEL,
+            )
+            yield SimWorker(
+                info,
+                config,
+                cost,
+                self.loop,
+                self,
+                self.gaps,
+                pool=name,
+                fast=fast,
+                arrived=self._handoff != "serial",
+                watch_prefills=self._handoff == "overlapped",
+                pipeline=pipeline,
+            )
+
+    def _cost_of(self, name: str) -> CostModel:
+        """Return a pool's cost model, whose file is read once however many workers there are."""
+        cost = self._costs.get(name)
+        if cost is None:
+            cost = self._costs[name] = self.spec.cost_of(self.spec.pools[name])
+        return cost
 
     def _make_network(self) -> Network:
         spec = self.spec

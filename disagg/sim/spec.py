@@ -87,7 +87,8 @@ class CostSpec(_Frozen):
 class PoolSpec(_Frozen):
     """Workers of one kind. tensor_parallel_size, pipeline_parallel_size: GPUs of each, multiplied.
 
-    A pipeline of n stages is simulated as n engines that share it, see disagg.sim.pipeline. num_kv_blocks: per worker; None computes it from what the weights leave of memory_share of the memory.
+    A pipeline of n stages is simulated as n engines that share it, see disagg.sim.pipeline. num_kv_blocks:
+    per worker; None computes it from what the weights leave of memory_share of the memory.
     cost, bandwidth_gb_s and the engine's limits stand over the cluster's.
     """
 
