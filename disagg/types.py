@@ -131,7 +131,8 @@ class Request:
     penalties, max_tokens and min_tokens, so that a request continued elsewhere behaves as if it had never
     moved. params.n is 1 and params.seed is set: a front end has unrolled n and drawn a seed.
     priority: lower is served first. deadline: seconds on the receiving process's clock, or None.
-    cache_salt: prefix-cache entries are shared only between equal salts.
+    cache_salt: prefix-cache entries are shared only between equal salts. slo_ttft_s: seconds from arrival at
+    the worker within which the first token is wanted, or None; what is due first is served first.
     """
 
     request_id: str
@@ -141,6 +142,7 @@ class Request:
     priority: int = 0
     deadline: float | None = None
     cache_salt: str = ""
+    slo_ttft_s: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

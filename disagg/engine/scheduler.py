@@ -4,6 +4,10 @@ Continuous batching (Orca, OSDI '22): the batch is made anew for every step. Chu
 budget (Sarathi-Serve, OSDI '24; DeepSpeed-FastGen): decodes take one token each first, chunks of prompts
 fill what is left, so a long prompt never stalls running streams. There is no prefill phase and no decode
 phase (as in vLLM v1): a sequence's num_computed_tokens catches up with its tokens, one or many a step.
+
+Among prompts a quarter of what is left goes to the one that is due first, the rest to those with the fewest
+tokens left (shortest remaining time first). So a short prompt waits for the step that runs, not for the
+long prompts in the queue, and a long one gets on in every step, however many short ones come.
 """
 
 from __future__ import annotations
@@ -12,12 +16,16 @@ import heapq
 from bisect import insort
 from dataclasses import dataclass
 from itertools import islice
+from typing import Any
 
 from disagg.config import EngineConfig
 from disagg.engine.block_pool import BlockPool
 from disagg.engine.runner import Batch, ScheduledSequence
 from disagg.engine.sequence import Sequence, SequenceStatus
 from disagg.hashing import next_hash
+
+# The part of a step's prompt tokens that belongs to the prompt that is due first: one in so many.
+DUE_SHARE = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,9 +42,17 @@ class Reservation:
     num_cached_tokens: int
 
 
-def rank(seq: Sequence) -> tuple[int, int]:
-    """Return what sequences are served by: priority, then order of arrival; smaller is earlier."""
-    return seq.request.priority, seq.arrival_order
+def rank(seq: Sequence) -> tuple[int, float, int]:
+    """Return whose turn it is: priority, then when the first token is due, then arrival; smaller is earlier.
+
+    A due date never moves, so whoever waits overtakes all that come later than it is due.
+    """
+    return seq.request.priority, seq.due, seq.arrival_order
+
+
+def by_size(seq: Sequence) -> tuple[int, int, float, int]:
+    """Return the order of what is soonest done: priority, tokens left to compute, then as `rank`."""
+    return seq.request.priority, tokens_to_compute(seq), seq.due, seq.arrival_order
 
 
 def tokens_to_compute(seq: Sequence) -> int:
@@ -45,55 +61,74 @@ def tokens_to_compute(seq: Sequence) -> int:
 
 
 class WaitingQueue:
-    """Sequences by rank. One that is pushed again after a preemption gets its old place.
+    """Sequences in two orders, by rank and by size. One that is pushed again gets its old place.
 
     num_tokens: tokens to compute of all that wait.
 
-    A heap from whose middle nothing is taken: what is removed stays as a tombstone until it surfaces or
+    Two heaps from whose middle nothing is taken: what left stays as a tombstone until it surfaces or
     tombstones are the majority, so that cancelling a thousand requests does not cost a thousand rebuilds.
     """
 
     def __init__(self) -> None:
-        self._heap: list[tuple[int, int, Sequence]] = []
-        self._removed: set[int] = set()
+        # Which push of a sequence counts; entries of another one are tombstones.
+        self._live: dict[Sequence, int] = {}
+        self._by_rank: list[tuple[tuple[int, float, int], int, Sequence]] = []
+        self._by_size: list[tuple[tuple[int, int, float, int], int, Sequence]] = []
+        self._num_pushes = 0
         self.num_tokens = 0
 
     def __len__(self) -> int:
-        return len(self._heap) - len(self._removed)
+        return len(self._live)
 
     def push(self, seq: Sequence) -> None:
-        heapq.heappush(self._heap, (*rank(seq), seq))
+        self._num_pushes += 1
+        self._live[seq] = self._num_pushes
+        heapq.heappush(self._by_rank, (rank(seq), self._num_pushes, seq))
+        heapq.heappush(self._by_size, (by_size(seq), self._num_pushes, seq))
         self.num_tokens += tokens_to_compute(seq)
 
     def peek(self) -> Sequence:
-        """Return the sequence to be served first. Raises IndexError where none waits."""
-        while self._heap[0][1] in self._removed:
-            self._removed.remove(heapq.heappop(self._heap)[1])
-        return self._heap[0][2]
+        """Return the sequence that is due first. Raises IndexError where none waits."""
+        while not self._lives(self._by_rank[0]):
+            heapq.heappop(self._by_rank)
+        return self._by_rank[0][2]
+
+    def peek_shortest(self) -> Sequence:
+        """Return the sequence with the least to compute. Raises IndexError where none waits."""
+        while not self._lives(self._by_size[0]):
+            heapq.heappop(self._by_size)
+        return self._by_size[0][2]
 
     def pop(self) -> Sequence:
+        """Take out what `peek` returns."""
         seq = self.peek()
-        heapq.heappop(self._heap)
-        self.num_tokens -= tokens_to_compute(seq)
+        self.remove(seq)
         return seq
 
     def remove(self, seq: Sequence) -> None:
         """Take out a sequence that is in the queue, wherever it is."""
-        self._removed.add(seq.arrival_order)
+        del self._live[seq]
         self.num_tokens -= tokens_to_compute(seq)
-        if len(self._removed) > len(self._heap) // 2:
-            self._heap = [entry for entry in self._heap if entry[1] not in self._removed]
-            heapq.heapify(self._heap)
-            self._removed.clear()
+        # Neither heap may keep what only ever leaves through the other.
+        if len(self._by_rank) > 2 * len(self._live):
+            self._by_rank = [entry for entry in self._by_rank if self._lives(entry)]
+            heapq.heapify(self._by_rank)
+        if len(self._by_size) > 2 * len(self._live):
+            self._by_size = [entry for entry in self._by_size if self._lives(entry)]
+            heapq.heapify(self._by_size)
+
+    def _lives(self, entry: tuple[Any, int, Sequence]) -> bool:
+        return self._live.get(entry[2]) == entry[1]
 
 
 class Scheduler:
     """Admits, chunks and preempts. Owns every sequence's blocks until it is told that the sequence ended.
 
-    Admission is by rank and stops at the first that does not fit: a small request must not overtake a large
-    one for ever. A sequence is admitted only with blocks for all of its known tokens, so a prompt that is
-    half computed never stands still for want of blocks, and only if one more block is left for each
-    sequence that goes on, so that the newcomer is not preempted a few steps later.
+    Short requests are admitted before long ones, but only while the one that is due first would fit: small
+    requests must not take a large one's blocks for ever. A sequence is admitted only with blocks for all of
+    its known tokens, so a prompt that is half computed never stands still for want of blocks, and only if
+    one more block is left for each sequence that goes on, so that the newcomer is not preempted a few steps
+    later.
 
     Only a decode that crosses a block's end can run short. Then the sequence that is served last gives its
     blocks back and waits again (preemption by recomputation); they stay cached until somebody takes them,
@@ -114,6 +149,7 @@ class Scheduler:
         self._block_size = config.block_size
         self._caching = config.enable_prefix_caching
         self._token_budget = config.max_num_batched_tokens
+        self._prompt_budget = config.max_prefill_tokens or config.max_num_batched_tokens
         # Each running sequence gets at least one token in each step, or the last ones would starve.
         self._max_num_seqs = min(config.max_num_seqs, config.max_num_batched_tokens)
         self._max_receiving_blocks = pool.capacity // 2
@@ -144,36 +180,83 @@ class Scheduler:
 
     def schedule(self, now: float) -> Batch:
         """Return the next batch, with blocks for all of it allocated; it may be empty."""
-        items: list[ScheduledSequence] = []
         num_preemptions = self.num_preemptions
         decodes: list[Sequence] = []
         prefills: list[Sequence] = []
         for seq in self.running:
             (decodes if seq.num_uncomputed_tokens == 1 else prefills).append(seq)
-        self._schedule_decodes(decodes, items, now)
-        budget = self._token_budget - len(items)
-        for seq in prefills:
-            if budget == 0:
-                break
-            if seq.status is SequenceStatus.RUNNING:  # else preempted for a decode a moment ago
-                budget -= self._schedule_one(seq, budget, items, now)
+        shares = {seq: 1 for seq in decodes if seq.status is SequenceStatus.RUNNING and self._grow(seq)}
+        budget = self._token_budget - len(shares)
+        if shares:
+            # Streams run: their next token waits for the whole step.
+            budget = min(budget, self._prompt_budget)
         # Blocks that a preemption freed belong to who runs, not to who comes.
-        if self.num_preemptions == num_preemptions:
-            self._admit(items, budget, now)
-        return Batch(tuple(items))
+        admitting = self.num_preemptions == num_preemptions
+        # A prompt may have been preempted for a decode a moment ago.
+        prefills = [seq for seq in prefills if seq.status is SequenceStatus.RUNNING]
+        self._share_out(shares, prefills, budget, admitting)
+        return Batch(tuple(self._scheduled(seq, share, now) for seq, share in shares.items()))
 
-    def _schedule_decodes(self, decodes: list[Sequence], items: list[ScheduledSequence], now: float) -> None:
-        for seq in decodes:
-            if seq.status is SequenceStatus.RUNNING and self._grow(seq):
-                self._schedule_one(seq, 1, items, now)
-
-    def _schedule_one(self, seq: Sequence, budget: int, items: list[ScheduledSequence], now: float) -> int:
-        """Put as much of `seq` as `budget` allows into the batch; return how many tokens that is."""
+    @staticmethod
+    def _scheduled(seq: Sequence, num_tokens: int, now: float) -> ScheduledSequence:
         if seq.first_scheduled_at is None:
             seq.first_scheduled_at = now
-        num_tokens = 1 if budget == 1 else min(seq.num_uncomputed_tokens, budget)
-        items.append(ScheduledSequence(seq, num_tokens))
-        return num_tokens
+        return ScheduledSequence(seq, num_tokens)
+
+    def _share_out(
+        self, shares: dict[Sequence, int], prefills: list[Sequence], budget: int, admitting: bool
+    ) -> None:
+        """Divide `budget` tokens among prompts that run and, if `admitting`, prompts that wait."""
+        if budget > 0:
+            first = self._due_first(prefills, admitting)
+            if first is not None:
+                shares[first] = min(first.num_uncomputed_tokens, max(1, budget // DUE_SHARE))
+                budget -= shares[first]
+                if not prefills or first is not prefills[0]:
+                    prefills = [first, *prefills]
+        prefills.sort(key=by_size)
+        started = iter(prefills)
+        seq = next(started, None)
+        while True:
+            newcomer = self._next_admission(seq, budget) if admitting else None
+            if newcomer is not None:
+                if self._admit(newcomer) and budget > 0:
+                    shares[newcomer] = min(newcomer.num_uncomputed_tokens, budget)
+                    budget -= shares[newcomer]
+            elif seq is not None and budget > 0:
+                more = min(seq.num_uncomputed_tokens - shares.get(seq, 0), budget)
+                if more > 0:
+                    shares[seq] = shares.get(seq, 0) + more
+                budget -= more
+                seq = next(started, None)
+            else:
+                return
+
+    def _due_first(self, prefills: list[Sequence], admitting: bool) -> Sequence | None:
+        """Return the running prompt (they are by rank) that is due first, or admit one due before it."""
+        first = prefills[0] if prefills else None
+        while admitting and len(self.waiting) > 0:
+            waiting = self.waiting.peek()
+            if (first is not None and rank(first) < rank(waiting)) or self._fit(waiting) is None:
+                break
+            # One whose KV a peer delivers computes nothing now; then the turn is the next one's.
+            if self._admit(waiting):
+                return waiting
+        return first
+
+    def _next_admission(self, seq: Sequence | None, budget: int) -> Sequence | None:
+        """Return the waiting sequence that comes before the running prompt `seq`, None if there is none."""
+        if len(self.waiting) == 0:
+            return None
+        shortest = self.waiting.peek_shortest()
+        # A reservation computes nothing: a pull may begin while the budget goes to others.
+        later = budget == 0 or (seq is not None and by_size(seq) < by_size(shortest))
+        if later and shortest.remote_kv == 0:
+            return None
+        first = self.waiting.peek()
+        if self._fit(first) is None or (first is not shortest and self._fit(shortest) is None):
+            return None
+        return shortest
 
     def _grow(self, seq: Sequence) -> bool:
         """See that `seq` has a block for its last token, preempting others, or itself: then False."""
@@ -208,22 +291,17 @@ class Scheduler:
 
     # -- admission ---------------------------------------------------------------------------------
 
-    def _admit(self, items: list[ScheduledSequence], budget: int, now: float) -> None:
-        while len(self.waiting) > 0:
-            seq = self.waiting.peek()
-            # A reservation computes nothing: a pull may begin while the budget goes to others.
-            if budget == 0 and seq.remote_kv == 0:
-                return
-            cached = self._fit(seq)
-            if cached is None:
-                return
-            self.waiting.pop()
-            self._allocate(seq, cached)
-            if seq.remote_kv > 0 and not self._reserve(seq):
-                continue
-            self._run(seq)
-            if budget > 0:
-                budget -= self._schedule_one(seq, budget, items, now)
+    def _admit(self, seq: Sequence) -> bool:
+        """Take a sequence that fits out of the queue; True if it runs, False if it waits for a peer's KV."""
+        cached = self._fit(seq)
+        if cached is None:
+            raise RuntimeError(f"no room for {seq.request_id}, which was found to fit")
+        self.waiting.remove(seq)
+        self._allocate(seq, cached)
+        if seq.remote_kv > 0 and not self._reserve(seq):
+            return False
+        self._run(seq)
+        return True
 
     def _fit(self, seq: Sequence) -> list[int] | None:
         """Return the cached blocks with which a waiting sequence can be admitted now, None if it can't."""

@@ -17,6 +17,9 @@ from enum import Enum, auto
 from disagg.hashing import BlockHash
 from disagg.types import FinishReason, Request, SamplingParams
 
+# When the first token of a request without an objective is due, after it was added.
+DEFAULT_TTFT_S = 10.0
+
 
 class SequenceStatus(Enum):
     WAITING = auto()
@@ -34,7 +37,8 @@ class Sequence:
     its full blocks as far as they are known, a chain that starts at hash_root. hold: keep the blocks after
     the first token. remote_kv: tokens whose KV a peer will deliver before the first step, 0 for none.
     max_num_tokens: length at which it ends at the latest. stop_token_ids: all that end it, EOS included.
-    arrival_order: its place among sequences of one priority.
+    due: when its first token is wanted, on the engine's clock; the order in which sequences are served.
+    arrival_order: its place among those that are due at once.
     """
 
     __slots__ = (
@@ -42,6 +46,7 @@ class Sequence:
         "arrival_order",
         "block_hashes",
         "block_table",
+        "due",
         "finish_reason",
         "first_scheduled_at",
         "hash_root",
@@ -84,6 +89,7 @@ class Sequence:
         self.remote_kv = remote_kv
         self.max_num_tokens = max_num_tokens
         self.stop_token_ids = stop_token_ids
+        self.due = now + (DEFAULT_TTFT_S if request.slo_ttft_s is None else request.slo_ttft_s)
         self.arrival_order = 0
         self.num_preemptions = 0
         self.added_at = now

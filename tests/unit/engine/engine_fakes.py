@@ -149,6 +149,7 @@ def make_engine(
     block_size: int = BLOCK_SIZE,
     max_num_seqs: int = 8,
     budget: int = 16,
+    max_prefill_tokens: int | None = None,
     max_model_len: int = 64,
     max_waiting: int = 100,
     prefix_caching: bool = True,
@@ -157,6 +158,7 @@ def make_engine(
         block_size=block_size,
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=budget,
+        max_prefill_tokens=max_prefill_tokens,
         enable_prefix_caching=prefix_caching,
         max_waiting=max_waiting,
     )

@@ -35,9 +35,10 @@ def test_decodes_come_first_and_prompts_fill_the_rest():
     for _ in range(3):
         engine.step(0.0)
     assert runner.shapes[1:] == [
-        [("a", 1), ("b", 9)],
-        [("a", 1), ("b", 3), ("c", 6)],
-        [("a", 1), ("b", 1), ("c", 3)],
+        # A quarter to the one that is due first, the rest to the shortest.
+        [("a", 1), ("b", 2), ("c", 7)],
+        [("a", 1), ("b", 7), ("c", 2)],
+        [("a", 1), ("c", 1), ("b", 3)],
     ]
 
 
@@ -57,12 +58,11 @@ def test_priority_goes_before_arrival_also_among_half_computed_prompts():
     engine.add(make_request("a", prompt_of(6, 3), priority=0), now=0.0)
     engine.add(make_request("a2", prompt_of(6, 4), priority=0), now=0.0)
     engine.step(0.0)
-    # What runs goes on before something is admitted; once admitted, priority decides.
-    assert runner.shapes[1] == [("late", 8)]
+    assert runner.shapes[1] == [("a", 6), ("a2", 2)]
     engine.step(0.0)
-    assert runner.shapes[2] == [("late", 4), ("a", 4)]
+    assert runner.shapes[2] == [("a", 1), ("a2", 4), ("b", 3)]
     engine.step(0.0)
-    assert runner.shapes[3] == [("late", 1), ("a", 2), ("a2", 5)]
+    assert runner.shapes[3] == [("a", 1), ("a2", 1), ("b", 3), ("late", 3)]
 
 
 def test_a_newcomer_of_better_priority_gets_the_budget_once_admitted():
@@ -262,6 +262,8 @@ def test_the_queue_forgets_what_is_removed():
     assert queue.num_tokens == sum(seq.num_tokens for seq in seqs[1::2])
     for seq in seqs[51::2]:
         queue.remove(seq)
-    assert len(queue._heap) < 50, "tombstones are swept once they are the majority"
+    for heap in (queue._by_rank, queue._by_size):
+        assert len(heap) <= 2 * len(queue), "tombstones are swept once they are the majority"
+    assert queue.peek_shortest() is seqs[1]
     assert [queue.pop() for _ in range(len(queue))] == seqs[1:51:2]
     assert queue.num_tokens == 0
