@@ -1,20 +1,32 @@
-"""How fast KV moves between two worker processes: each transport beside a plain memory copy.
+"""How fast KV moves between two worker processes: each transport beside what bounds it.
 
     python benchmarks/kv_transfer.py --json out.json
 
-The publishing side runs in a process of its own. Limit of every row: one numpy copy of the same bytes,
-measured in the same run. Each figure is the median over --runs pulls after one that warms up.
+The publishing side runs in a process of its own. Limits are measured in the same run, each just before the
+pull that it is compared with: for shared memory one numpy copy of the same bytes; for gRPC a bare TCP stream
+of them between the same two processes, `sendall` from the one cache and `recv_into` the other, over a
+connection that is kept. Figures are medians over --runs, shares medians of the runs' own shares; a first
+round of each warms up.
+
+Rows: kv_transfer/TRANSPORT/N_tokens for the KV of an 81 M model in fp32, kv_transfer/TRANSPORT/8b/N_tokens
+for that of an 8 B model in bf16, and latency_ms in each. `grpc` is the bulk stream that a pull between hosts
+takes; `grpc_messages` what is left of it where only the gRPC port can be reached. Sizes that would need more
+than a quarter of the free memory are left out.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import json
 import multiprocessing
 import secrets
+import socket
 import statistics
 import time
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -24,6 +36,7 @@ from rich.console import Console
 from rich.table import Table
 
 from disagg.bench.machine import describe_machine
+from disagg.config import KVTransport
 from disagg.rpc import cluster_server
 from disagg.transfer.client import KVTransferClient
 from disagg.transfer.segment import SharedSegment
@@ -31,22 +44,59 @@ from disagg.transfer.server import KVTransferService
 from disagg.types import KVHandle, KVLayout
 from disagg.v1 import worker_pb2_grpc
 
-SECRET = secrets.token_hex(16)
-TOKENS = (128, 512, 2048, 8192)
-# An 81 M-parameter Llama in fp32: 24 KiB of KV a token.
-LAYOUT = KVLayout("bench", "float32", block_size=16, num_layers=12, num_kv_heads=4, head_dim=64)
+TOKENS = (16, 128, 512, 2048, 8192)
+# Segments of both sides and the arrays of the memory copy, each as large as the largest pull.
+COPIES_IN_MEMORY = 4
 
 
-def owner(pipe: Connection, secret: str, num_blocks: int) -> None:
-    """Run the publishing worker's half until the pipe closes; publish what the pipe asks for."""
-    asyncio.run(_owner(pipe, secret, num_blocks))
+@dataclass(frozen=True)
+class Shape:
+    """A model's cache. prefix: of its rows' names, after the transport."""
+
+    prefix: str
+    layout: KVLayout
+
+    def num_bytes(self, num_tokens: int) -> int:
+        return num_tokens // self.layout.block_size * self.layout.block_bytes
 
 
-async def _owner(pipe: Connection, secret: str, num_blocks: int) -> None:
-    segment = SharedSegment.create(num_blocks, LAYOUT.block_bytes)
-    segment.blocks[:] = np.random.default_rng(0).integers(0, 256, LAYOUT.block_bytes, dtype=np.uint8)
+SHAPES = (
+    # 81 M parameters: 24 KiB a token.
+    Shape("", KVLayout("81m", "float32", block_size=16, num_layers=12, num_kv_heads=4, head_dim=64)),
+    # 8 B parameters: 128 KiB a token.
+    Shape("8b/", KVLayout("8b", "bfloat16", block_size=16, num_layers=32, num_kv_heads=8, head_dim=128)),
+)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One transport: how a client is told to use it, and whether the owner listens for bulk streams."""
+
+    name: str
+    transport: KVTransport
+    bulk: bool = True
+
+
+CASES = (
+    Case("shm", "shm"),
+    Case("grpc", "grpc"),
+    Case("grpc_messages", "grpc", bulk=False),
+)
+
+
+# -- the publishing process ------------------------------------------------------------------------------
+
+
+def owner(pipe: Connection, secret: str, layout: KVLayout, num_blocks: int, bulk: bool) -> None:
+    """Run the publishing worker's half until the pipe says None; publish what the pipe asks for."""
+    asyncio.run(_owner(pipe, secret, layout, num_blocks, bulk))
+
+
+async def _owner(pipe: Connection, secret: str, layout: KVLayout, num_blocks: int, bulk: bool) -> None:
+    segment = SharedSegment.create(num_blocks, layout.block_bytes)
+    segment.blocks[:] = np.random.default_rng(0).integers(0, 256, layout.block_bytes, dtype=np.uint8)
     service = KVTransferService(
-        LAYOUT,
+        layout,
         segment,
         worker_id="owner",
         incarnation="1",
@@ -59,95 +109,163 @@ async def _owner(pipe: Connection, secret: str, num_blocks: int) -> None:
     worker_pb2_grpc.add_KVTransferServicer_to_server(service, server)
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()
-    pipe.send(f"127.0.0.1:{port}")
-    while (asked := await asyncio.to_thread(pipe.recv)) is not None:
-        request_id, key, num_tokens = asked
-        blocks = list(range(1, num_tokens // LAYOUT.block_size + 1))
-        pipe.send(service.publish(request_id, key, blocks, num_tokens))
+    if bulk:
+        await service.listen("127.0.0.1")
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        pipe.send((port, listener.getsockname()[1]))
+        stream, _ = await asyncio.to_thread(listener.accept)
+    with stream:
+        while (asked := await asyncio.to_thread(pipe.recv)) is not None:
+            if isinstance(asked, int):
+                await asyncio.to_thread(stream.sendall, segment.blocks.reshape(-1)[:asked].data)
+                continue
+            request_id, key, num_tokens = asked
+            blocks = list(range(num_tokens // layout.block_size))
+            pipe.send(service.publish(request_id, key, blocks, num_tokens))
     await server.stop(None)
+    await service.close()
 
 
-def copy_seconds(num_bytes: int, runs: int) -> float:
-    """Return the median time of one memory copy of `num_bytes`."""
-    source, target = np.ones(num_bytes, np.uint8), np.zeros(num_bytes, np.uint8)
-    # Touch the target's pages first: the cache that a pull writes into is mapped already.
-    np.copyto(target, source)
-    return statistics.median(_timed(lambda: np.copyto(target, source)) for _ in range(runs))
+# -- the pulling process ---------------------------------------------------------------------------------
 
 
-def _timed(action: Any) -> float:
+@dataclass
+class Peers:
+    """Both sides, ready: what measures a pull and what measures its limits."""
+
+    shape: Shape
+    pipe: Connection
+    stream: socket.socket
+    segment: SharedSegment
+    client: KVTransferClient
+    source: np.ndarray[Any, np.dtype[np.uint8]]
+    target: np.ndarray[Any, np.dtype[np.uint8]]
+
+    async def pull(self, num_tokens: int) -> float:
+        """Return the seconds of a pull of `num_tokens` tokens, locating and releasing included."""
+        self.pipe.send((secrets.token_hex(8), secrets.token_bytes(16), num_tokens))
+        handle: KVHandle = await asyncio.to_thread(self.pipe.recv)
+        num_blocks = num_tokens // self.shape.layout.block_size
+        return (await self.client.pull(handle, 0, list(range(num_blocks)))).seconds
+
+    def copy(self, num_tokens: int) -> float:
+        num_bytes = self.shape.num_bytes(num_tokens)
+        return _timed(lambda: np.copyto(self.target[:num_bytes], self.source[:num_bytes]))
+
+    def bare_stream(self, num_tokens: int) -> float:
+        num_bytes = self.shape.num_bytes(num_tokens)
+        view = self.segment.blocks.reshape(-1)[:num_bytes].data
+        return _timed(lambda: self._receive(num_bytes, view))
+
+    def _receive(self, num_bytes: int, view: memoryview) -> None:
+        self.pipe.send(num_bytes)
+        while view:
+            view = view[self.stream.recv_into(view) :]
+
+
+def _timed(action: Callable[[], None]) -> float:
     started = time.perf_counter()
     action()
     return time.perf_counter() - started
 
 
-async def pull_seconds(pipe: Connection, address: str, transport: Any, num_tokens: int, runs: int) -> float:
-    """Return the median time of a pull of `num_tokens` tokens, locating and releasing included."""
-    num_blocks = num_tokens // LAYOUT.block_size
-    segment = SharedSegment.create(num_blocks + 1, LAYOUT.block_bytes)
+@contextlib.asynccontextmanager
+async def running(shape: Shape, case: Case, num_blocks: int) -> AsyncIterator[Peers]:
+    spawn = multiprocessing.get_context("spawn")
+    pipe, theirs = spawn.Pipe()
+    secret = secrets.token_hex(16)
+    process = spawn.Process(target=owner, args=(theirs, secret, shape.layout, num_blocks, case.bulk))
+    process.start()
+    port, stream_port = await asyncio.to_thread(pipe.recv)
+    stream = socket.create_connection(("127.0.0.1", stream_port))
+    segment = SharedSegment.create(num_blocks, shape.layout.block_bytes)
+    # Pages are there before anything is timed, as those of a cache in use are.
     segment.blocks[:] = 1
     client = KVTransferClient(
-        LAYOUT,
+        shape.layout,
         segment,
         worker_id="puller",
         incarnation="1",
-        secret=SECRET,
-        resolve=lambda _worker_id: (address, "1"),
-        transport=transport,
+        secret=secret,
+        resolve=lambda _worker_id: (f"127.0.0.1:{port}", "1"),
+        transport=case.transport,
         pull_timeout_s=60,
     )
-    times = []
-    for run in range(runs + 1):
-        pipe.send((f"{transport}-{num_tokens}-{run}", secrets.token_bytes(16), num_tokens))
-        handle: KVHandle = await asyncio.to_thread(pipe.recv)
-        result = await client.pull(handle, 0, list(range(1, num_blocks + 1)))
-        times.append(result.seconds)
-    await client.close()
-    return statistics.median(times[1:])
+    num_bytes = num_blocks * shape.layout.block_bytes
+    try:
+        yield Peers(
+            shape, pipe, stream, segment, client, np.ones(num_bytes, np.uint8), np.zeros(num_bytes, np.uint8)
+        )
+    finally:
+        await client.close()
+        pipe.send(None)
+        await asyncio.to_thread(process.join)
+        stream.close()
+        segment.close()
 
 
-async def measure(runs: int, console: Console) -> list[dict[str, Any]]:
-    spawn = multiprocessing.get_context("spawn")
-    pipe, theirs = spawn.Pipe()
-    process = spawn.Process(target=owner, args=(theirs, SECRET, max(TOKENS) // LAYOUT.block_size + 1))
-    process.start()
-    address = await asyncio.to_thread(pipe.recv)
+async def measure_case(shape: Shape, case: Case, sizes: list[int], runs: int) -> list[dict[str, Any]]:
     rows = []
-    for transport in ("shm", "grpc"):
-        for num_tokens in TOKENS:
-            num_bytes = num_tokens // LAYOUT.block_size * LAYOUT.block_bytes
-            seconds = await pull_seconds(pipe, address, transport, num_tokens, runs)
-            value, limit = num_bytes / seconds / 1e9, num_bytes / copy_seconds(num_bytes, runs) / 1e9
+    async with running(shape, case, max(sizes) // shape.layout.block_size) as peers:
+        limit = peers.copy if case.transport == "shm" else peers.bare_stream
+        for num_tokens in sizes:
+            pairs = [(limit(num_tokens), await peers.pull(num_tokens)) for _ in range(runs + 1)][1:]
+            gigabytes = shape.num_bytes(num_tokens) / 1e9
+            seconds = statistics.median(pull for _, pull in pairs)
             rows.append(
                 {
-                    "name": f"kv_transfer/{transport}/{num_tokens}_tokens",
-                    "value": round(value, 3),
+                    "name": f"kv_transfer/{case.name}/{shape.prefix}{num_tokens}_tokens",
+                    "value": round(gigabytes / seconds, 3),
                     "unit": "GB/s",
                     "runs": runs,
-                    "limit": round(limit, 3),
-                    "share": round(value / limit, 3),
+                    "latency_ms": round(seconds * 1e3, 3),
+                    "limit": round(gigabytes / statistics.median(bound for bound, _ in pairs), 3),
+                    "share": round(statistics.median(bound / pull for bound, pull in pairs), 3),
                 }
             )
-            console.print(f"{rows[-1]['name']}: {value:.2f} GB/s", style="dim")
-    pipe.send(None)
-    process.join()
+    return rows
+
+
+def sizes_that_fit(shape: Shape) -> list[int]:
+    available = next(
+        int(line.split()[1]) * 1024
+        for line in Path("/proc/meminfo").read_text().splitlines()
+        if line.startswith("MemAvailable:")
+    )
+    return [tokens for tokens in TOKENS if COPIES_IN_MEMORY * shape.num_bytes(tokens) < available // 4]
+
+
+async def measure(runs: int, progress: Console) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = []
+    for shape in SHAPES:
+        for case in CASES:
+            measured = await measure_case(shape, case, sizes_that_fit(shape), runs)
+            for row in measured:
+                progress.print(f"{row['name']}: {row['value']:.2f} GB/s, {row['share']:.0%}", style="dim")
+            rows.extend(measured)
     return rows
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--runs", type=int, default=9)
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
-    console = Console()
     machine = describe_machine()
     rows = asyncio.run(measure(arguments.runs, Console(stderr=True)))
-    table = Table(
-        "what", "GB/s", "one memory copy", "share", title=f"{machine['cpu']}, {machine['cores']} cores"
-    )
+    title = f"{machine['cpu']}, {machine['cores']} cores, medians of {arguments.runs}"
+    table = Table("what", "ms", "GB/s", "limit", "share", title=title)
     for row in rows:
-        table.add_row(row["name"], f"{row['value']:.2f}", f"{row['limit']:.2f}", f"{row['share']:.0%}")
-    console.print(table)
+        table.add_row(
+            row["name"],
+            f"{row['latency_ms']:.2f}",
+            f"{row['value']:.2f}",
+            f"{row['limit']:.2f}",
+            f"{row['share']:.0%}",
+        )
+    Console().print(table)
     if arguments.json:
         arguments.json.write_text(json.dumps({"machine": machine, "rows": rows}, indent=2) + "\n")
 

@@ -13,6 +13,8 @@ from typing import Any
 import grpc
 import grpc.aio
 
+from disagg.tls import ClusterTLS
+
 SECRET_HEADER = "x-disagg-secret"
 MAX_MESSAGE_BYTES = 64 * 1024 * 1024
 
@@ -83,9 +85,20 @@ def cluster_server(secret: str) -> grpc.aio.Server:
     return grpc.aio.server(interceptors=[_RequireSecret(secret)], options=options)
 
 
-def cluster_channel(address: str) -> grpc.aio.Channel:
+def listen(server: grpc.aio.Server, address: str, tls: ClusterTLS | None = None) -> int:
+    """Let a server listen on host:port, with TLS where that is on; return the port. Raises RuntimeError."""
+    if tls is None:
+        return server.add_insecure_port(address)
+    return server.add_secure_port(address, tls.server_credentials)
+
+
+def cluster_channel(address: str, tls: ClusterTLS | None = None) -> grpc.aio.Channel:
     """Return a channel to a cluster process; calls need `metadata=secret_metadata(secret)`."""
-    return grpc.aio.insecure_channel(address, options=_CHANNEL_OPTIONS)
+    if tls is None:
+        return grpc.aio.insecure_channel(address, options=_CHANNEL_OPTIONS)
+    name = tls.name_of(address.rpartition(":")[0].strip("[]"))
+    options = [*_CHANNEL_OPTIONS, ("grpc.ssl_target_name_override", name)]
+    return grpc.aio.secure_channel(address, tls.channel_credentials, options=options)
 
 
 def secret_metadata(secret: str) -> tuple[tuple[str, str], ...]:

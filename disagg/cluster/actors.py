@@ -11,6 +11,7 @@ import ray
 
 from disagg.cluster.naming import NAMESPACE, ROUTER_NAME
 from disagg.config import ClusterConfig
+from disagg.tls import load_tls
 
 logger = logging.getLogger(__name__)
 
@@ -46,7 +47,8 @@ class RouterActor:
 
         async with self._lock:
             if self._address is None:
-                self._server = RouterServer(self._config.router, self._secret)
+                tls = load_tls(self._config.tls)
+                self._server = RouterServer(self._config.router, self._secret, tls=tls)
                 self._address = await self._server.start(listen_address(self._host))
         return self._address
 

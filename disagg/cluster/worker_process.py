@@ -21,10 +21,11 @@ from disagg.config import ClusterConfig
 from disagg.engine.engine import Engine
 from disagg.model.config import read_spec
 from disagg.model.runner import ModelRunner, load_runner, plan_cache
-from disagg.rpc import cluster_server
+from disagg.rpc import cluster_server, listen
 from disagg.service.metrics import WorkerMetrics
 from disagg.service.router_client import WorkerMembership
 from disagg.service.worker import Worker
+from disagg.tls import load_tls
 from disagg.transfer.client import KVTransferClient
 from disagg.transfer.segment import SharedSegment
 from disagg.transfer.server import KVTransferService
@@ -61,10 +62,11 @@ class WorkerProcess:
     async def start(self) -> WorkerInfo:
         """Load the model, open the port, join the router. Raises ConfigError where that can't be."""
         spec = self._spec
+        self._tls = load_tls(spec.config.tls)
         segment, runner = await asyncio.to_thread(self._load)
         self._segment = segment
         self._server = cluster_server(spec.secret)
-        port = self._server.add_insecure_port(f"{spec.host}:0")
+        port = listen(self._server, f"{spec.host}:0", self._tls)
         self.info = self._describe(runner, f"{spec.host}:{port}")
         engine = Engine(
             spec.config.engine_for(spec.role),
@@ -76,6 +78,7 @@ class WorkerProcess:
         )
         self.worker = self._wire(engine, runner, segment)
         await self._server.start()
+        await self._publisher.listen(spec.host)
         self.worker.start()
         await self._membership.start(self.info)
         return self.info
@@ -125,7 +128,7 @@ class WorkerProcess:
     def _wire(self, engine: Engine, runner: ModelRunner, segment: SharedSegment) -> Worker:
         spec, transfer = self._spec, self._spec.config.transfer
         self._membership = WorkerMembership(
-            self._router_address, spec.secret, heartbeat_s=spec.config.router.heartbeat_s
+            self._router_address, spec.secret, heartbeat_s=spec.config.router.heartbeat_s, tls=self._tls
         )
         self._publisher = KVTransferService(
             runner.layout,
@@ -136,6 +139,7 @@ class WorkerProcess:
             lease_s=transfer.lease_s,
             chunk_bytes=transfer.chunk_bytes,
             on_released=lambda request_id: worker.on_lease_ended(request_id),
+            tls=self._tls,
         )
         self._puller = KVTransferClient(
             runner.layout,
@@ -147,6 +151,7 @@ class WorkerProcess:
             lease_s=transfer.lease_s,
             pull_timeout_s=transfer.pull_timeout_s,
             resolve=self._membership.resolve,
+            tls=self._tls,
         )
         self._membership.on_change(self._puller.retain)
         worker = Worker(

@@ -27,6 +27,7 @@ from disagg.service.orchestrator import Orchestrator, ServedModel
 from disagg.service.router_client import RouterClient
 from disagg.service.tokenizer import Tokenizer
 from disagg.service.worker_pool import WorkerPool
+from disagg.tls import load_tls
 from disagg.types import Role, WorkerInfo, WorkerStatus
 
 logger = logging.getLogger(__name__)
@@ -52,6 +53,7 @@ class Gateway:
         self.eos_token_ids = tuple(spec.eos_token_ids)
         self.sampling_defaults = load_sampling_defaults(config.model.folder)
         self._cluster_config = config
+        tls = load_tls(config.tls)
         self._id = f"frontend-{uuid.uuid4().hex[:12]}"
         self._metrics = FrontendMetrics()
         self._router = RouterClient(
@@ -62,8 +64,9 @@ class Gateway:
             on_stale_placement=lambda placement: self._metrics.placements.labels(
                 placement.policy, placement.kind.value
             ).inc(),
+            tls=tls,
         )
-        self._workers = WorkerPool(secret, self._worker_info)
+        self._workers = WorkerPool(secret, self._worker_info, tls)
         self._readiness: tuple[float, Readiness] | None = None
         self._grpc: grpc.aio.Server | None = None
 

@@ -16,6 +16,7 @@ from disagg.routing.types import BlockEvents
 from disagg.rpc import secret_metadata
 from disagg.service import wire_router as wire
 from disagg.service.router_link import CONNECT_TIMEOUT_S, GetAddress, RouterLink
+from disagg.tls import ClusterTLS
 from disagg.types import WorkerInfo, WorkerLoad, WorkerStatus
 from disagg.v1 import router_pb2, router_pb2_grpc
 
@@ -34,10 +35,17 @@ class WorkerMembership:
     get_address: where the router is now; asked again before every attempt to connect, and may raise.
     """
 
-    def __init__(self, get_address: GetAddress, secret: str, *, heartbeat_s: float = 0.5) -> None:
+    def __init__(
+        self,
+        get_address: GetAddress,
+        secret: str,
+        *,
+        heartbeat_s: float = 0.5,
+        tls: ClusterTLS | None = None,
+    ) -> None:
         self._metadata = secret_metadata(secret)
         self._heartbeat_s = heartbeat_s
-        self._link = RouterLink(get_address, self._join)
+        self._link = RouterLink(get_address, self._join, tls)
         self._info: WorkerInfo | None = None
         self._status = WorkerStatus.STARTING
         self._load = WorkerLoad()

@@ -28,6 +28,7 @@ from disagg.rpc import secret_metadata
 from disagg.service import wire_router as wire
 from disagg.service.membership import WorkerMembership
 from disagg.service.router_link import CONNECT_TIMEOUT_S, GetAddress, RouterLink, cancelled_from_outside
+from disagg.tls import ClusterTLS
 from disagg.types import WorkerStatus
 from disagg.v1 import router_pb2, router_pb2_grpc, worker_pb2
 
@@ -62,6 +63,7 @@ class RouterClient:
         rng: random.Random | None = None,
         clock: Callable[[], float] = time.monotonic,
         on_stale_placement: Callable[[Placement], None] | None = None,
+        tls: ClusterTLS | None = None,
     ) -> None:
         self.frontend_id = wire.checked_id("frontend_id", frontend_id)
         self.connected = False
@@ -72,7 +74,7 @@ class RouterClient:
         self._clock = clock
         self._on_stale_placement = on_stale_placement
         self._local = Router(config, rng or random.Random())
-        self._link = RouterLink(get_address, self._attach)
+        self._link = RouterLink(get_address, self._attach, tls)
         self._stub: router_pb2_grpc.RouterAsyncStub | None = None
         self._router_incarnation = ""
         # Until when workers stay in the view that a restarted router does not list.

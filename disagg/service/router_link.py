@@ -9,6 +9,7 @@ from collections.abc import Awaitable, Callable
 import grpc.aio
 
 from disagg.rpc import cluster_channel
+from disagg.tls import ClusterTLS
 from disagg.v1 import router_pb2_grpc
 
 logger = logging.getLogger(__name__)
@@ -31,7 +32,9 @@ class RouterLink:
         self,
         get_address: GetAddress,
         converse: Callable[[router_pb2_grpc.RouterAsyncStub], Awaitable[None]],
+        tls: ClusterTLS | None = None,
     ) -> None:
+        self._tls = tls
         self._get_address = get_address
         self._converse = converse
         self._task: asyncio.Task[None] | None = None
@@ -60,7 +63,7 @@ class RouterLink:
         try:
             async with asyncio.timeout(ADDRESS_TIMEOUT_S):
                 address = await self._get_address()
-            async with cluster_channel(address) as channel:
+            async with cluster_channel(address, self._tls) as channel:
                 await self._converse(router_pb2_grpc.RouterStub(channel))
         except asyncio.CancelledError:
             if cancelled_from_outside():

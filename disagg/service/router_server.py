@@ -27,9 +27,10 @@ from disagg.config import RouterConfig
 from disagg.errors import DisaggError, InvalidRequestError
 from disagg.routing.router import Router
 from disagg.routing.types import WorkerReport
-from disagg.rpc import cluster_server
+from disagg.rpc import cluster_server, listen
 from disagg.service import wire_router as wire
 from disagg.service.router_metrics import RouterMetrics
+from disagg.tls import ClusterTLS
 from disagg.types import WorkerInfo
 from disagg.v1 import router_pb2, router_pb2_grpc, worker_pb2
 
@@ -64,11 +65,13 @@ class RouterServer(router_pb2_grpc.RouterServicer):
         clock: Callable[[], float] = time.monotonic,
         *,
         rng: random.Random | None = None,
+        tls: ClusterTLS | None = None,
     ) -> None:
         self.router = Router(config, rng or random.Random())
         self.incarnation = uuid.uuid4().hex
         self._config = config
         self._secret = secret
+        self._tls = tls
         self._clock = clock
         self._metrics = RouterMetrics()
         self._workers: dict[str, _Peer] = {}
@@ -89,7 +92,7 @@ class RouterServer(router_pb2_grpc.RouterServicer):
         """Listen; return host:port. Raises RuntimeError where the port can't be bound."""
         self._server = cluster_server(self._secret)
         router_pb2_grpc.add_RouterServicer_to_server(self, self._server)
-        bound = self._server.add_insecure_port(f"{host}:{port}")
+        bound = listen(self._server, f"{host}:{port}", self._tls)
         await self._server.start()
         self._sweeper = asyncio.create_task(self._sweep())
         return f"{host}:{bound}"

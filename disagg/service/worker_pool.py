@@ -13,6 +13,7 @@ import grpc.aio
 
 from disagg.errors import WorkerLostError
 from disagg.rpc import cluster_channel, secret_metadata
+from disagg.tls import ClusterTLS
 from disagg.types import WorkerInfo
 from disagg.v1 import worker_pb2, worker_pb2_grpc
 
@@ -51,9 +52,9 @@ class RequestStream:
 class WorkerConnection:
     """The Session stream to one incarnation of a worker. Once broken it stays broken."""
 
-    def __init__(self, info: WorkerInfo, secret: str) -> None:
+    def __init__(self, info: WorkerInfo, secret: str, tls: ClusterTLS | None = None) -> None:
         self.info = info
-        self._channel = cluster_channel(info.address)
+        self._channel = cluster_channel(info.address, tls)
         self._stub = worker_pb2_grpc.WorkerStub(self._channel)
         self._metadata = secret_metadata(secret)
         self._streams: dict[str, RequestStream] = {}
@@ -141,8 +142,11 @@ class WorkerConnection:
 class WorkerPool:
     """Connections by worker, following the cluster view."""
 
-    def __init__(self, secret: str, lookup: Callable[[str], WorkerInfo | None]) -> None:
+    def __init__(
+        self, secret: str, lookup: Callable[[str], WorkerInfo | None], tls: ClusterTLS | None = None
+    ) -> None:
         self._secret = secret
+        self._tls = tls
         self._lookup = lookup
         self._connections: dict[str, WorkerConnection] = {}
         self._closing: set[asyncio.Task[Any]] = set()
@@ -156,7 +160,7 @@ class WorkerPool:
         if connection is None or connection.broken or connection.info.incarnation != info.incarnation:
             if connection is not None:
                 self._discard(connection)
-            connection = self._connections[worker_id] = WorkerConnection(info, self._secret)
+            connection = self._connections[worker_id] = WorkerConnection(info, self._secret, self._tls)
         return connection
 
     @contextlib.contextmanager

@@ -19,6 +19,7 @@ import numpy as np
 
 from disagg.config import KVTransport
 from disagg.errors import InvalidRequestError, KVLostError, LayoutMismatchError
+from disagg.tls import ClusterTLS
 from disagg.transfer.calls import DamagedKVError, answered, peer_errors
 from disagg.transfer.connections import Connection, Connections, Peer, Resolve
 from disagg.transfer.keeper import LeaseKeeper
@@ -63,13 +64,20 @@ class KVTransferClient:
         transport: KVTransport = "auto",
         lease_s: float = 5.0,
         pull_timeout_s: float = 10.0,
+        tls: ClusterTLS | None = None,
     ) -> None:
         self._block_bytes = layout.block_bytes
         self._segment = segment
         self._secret = secret
         self._timeout_s = pull_timeout_s
         self._connections = Connections(
-            layout, (worker_id, incarnation), secret, resolve, transport=transport, timeout_s=pull_timeout_s
+            layout,
+            (worker_id, incarnation),
+            secret,
+            resolve,
+            transport=transport,
+            timeout_s=pull_timeout_s,
+            tls=tls,
         )
         self._keeper = LeaseKeeper(self._connections, lease_s / RENEWALS_PER_LEASE)
         self._releases: set[asyncio.Task[None]] = set()

@@ -17,6 +17,8 @@ import grpc.aio
 from disagg.config import KVTransport
 from disagg.errors import ConfigError, KVLostError
 from disagg.rpc import cluster_channel, secret_metadata
+from disagg.tls import ClusterTLS
+from disagg.transfer.bulk_reader import BulkReader
 from disagg.transfer.calls import answered, peer_errors
 from disagg.transfer.readers import BlockReader, SharedMemoryReader, StreamReader
 from disagg.transfer.segment import host_id, map_peer
@@ -34,6 +36,10 @@ Resolve = Callable[[str], tuple[str, str] | None]
 MAX_PEER_BLOCKS = 2**31
 # Copies are bound by memory bandwidth, which two threads exhaust.
 COPY_THREADS = 2
+# Receiving threads mostly wait; a peer that stalls holds BulkReader's streams per peer of them.
+RECEIVE_THREADS = 64
+# A port behind a filter answers nothing: the pull that finds out must have time left for gRPC.
+BULK_DIAL_SHARE = 0.2
 _TRANSPORTS = ("auto", "shm", "grpc")
 
 
@@ -61,6 +67,7 @@ class Connections:
         *,
         transport: KVTransport,
         timeout_s: float,
+        tls: ClusterTLS | None = None,
     ) -> None:
         if transport not in _TRANSPORTS:
             raise ConfigError(
@@ -68,12 +75,15 @@ class Connections:
             )
         self._layout = layout
         self._own = own
+        self._secret = secret
         self.metadata = secret_metadata(secret)
         self._resolve = resolve
         self._transport = transport
         self._timeout_s = timeout_s
+        self._tls = tls
         self._host_id = host_id()
         self._executor = ThreadPoolExecutor(COPY_THREADS, thread_name_prefix="kv-copy")
+        self._receivers = ThreadPoolExecutor(RECEIVE_THREADS, thread_name_prefix="kv-receive")
         self._agreed: dict[Peer, asyncio.Task[Connection]] = {}
         self._closing: set[asyncio.Task[None]] = set()
 
@@ -99,7 +109,7 @@ class Connections:
         return await asyncio.shield(task)
 
     async def _agree(self, peer: Peer, address: str) -> Connection:
-        channel = cluster_channel(address)
+        channel = cluster_channel(address, self._tls)
         try:
             stub = worker_pb2_grpc.KVTransferStub(channel)
             with peer_errors(peer[0]):
@@ -109,7 +119,7 @@ class Connections:
             if (response.worker_id, response.incarnation) != peer:
                 raise KVLostError(f"{address} does not answer as {peer[0]}")
             check_same_layout(self._layout, response.layout)
-            return Connection(channel, stub, self._reader(stub, response))
+            return Connection(channel, stub, await self._reader(stub, response, address))
         except BaseException:
             await channel.close()
             raise
@@ -122,8 +132,8 @@ class Connections:
             host_id=self._host_id,
         )
 
-    def _reader(
-        self, stub: worker_pb2_grpc.KVTransferAsyncStub, response: worker_pb2.ConnectResponse
+    async def _reader(
+        self, stub: worker_pb2_grpc.KVTransferAsyncStub, response: worker_pb2.ConnectResponse, address: str
     ) -> BlockReader:
         """Return the fastest reader that the configuration allows and that works for this peer."""
         if self._transport != "grpc":
@@ -133,7 +143,31 @@ class Connections:
                 if self._transport == "shm":
                     raise
                 logger.info("KV from %s travels over gRPC: %s", response.worker_id, error.message)
+        try:
+            return await self._bulk(response, address)
+        except KVLostError as error:
+            logger.warning("KV from %s travels as messages, slowly: %s", response.worker_id, error.message)
         return StreamReader(stub, self.metadata, self._layout.block_bytes)
+
+    async def _bulk(self, response: worker_pb2.ConnectResponse, address: str) -> BulkReader:
+        """Return a reader whose first stream is open. The host is the cluster's word, the port the peer's."""
+        if not 0 < response.bulk_port < 2**16:
+            raise KVLostError("the peer serves no bulk streams")
+        host = address.rpartition(":")[0].strip("[]")
+        reader = BulkReader(
+            (host, response.bulk_port),
+            (response.worker_id, response.incarnation),
+            self._secret,
+            self._receivers,
+            self._timeout_s,
+            self._tls,
+        )
+        try:
+            async with asyncio.timeout(self._timeout_s * BULK_DIAL_SHARE):
+                await reader.dial()
+        except TimeoutError:
+            raise KVLostError(f"port {response.bulk_port} does not answer in time") from None
+        return reader
 
     def _shared_memory(
         self, stub: worker_pb2_grpc.KVTransferAsyncStub, response: worker_pb2.ConnectResponse
@@ -156,6 +190,7 @@ class Connections:
         self.retain(())
         await asyncio.gather(*self._closing, return_exceptions=True)
         self._executor.shutdown(wait=False, cancel_futures=True)
+        self._receivers.shutdown(wait=False, cancel_futures=True)
 
 
 def _failed(task: asyncio.Task[Connection]) -> bool:
@@ -165,4 +200,6 @@ def _failed(task: asyncio.Task[Connection]) -> bool:
 async def _close(task: asyncio.Task[Connection]) -> None:
     task.cancel()
     with contextlib.suppress(asyncio.CancelledError, Exception):
-        await (await task).channel.close()
+        connection = await task
+        await connection.reader.close()
+        await connection.channel.close()

@@ -1,4 +1,4 @@
-"""How a peer's blocks are read: by mapping its memory, or over gRPC. NCCL and NIXL would be further readers.
+"""How a peer's blocks are read: by mapping its memory, or as gRPC messages. Further readers: bulk_reader.py.
 
 A reader only moves bytes. Whether they are right is known when the lease is released, see client.py.
 """
@@ -6,7 +6,6 @@ A reader only moves bytes. Whether they are right is known when the lease is rel
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import threading
 import zlib
 from collections.abc import Iterator, Sequence
@@ -19,6 +18,7 @@ import numpy as np
 from disagg.errors import KVLostError
 from disagg.transfer.calls import DamagedKVError, answered
 from disagg.transfer.segment import Blocks, PeerSegment
+from disagg.transfer.threads import to_its_end
 from disagg.transfer.wire import handle_to_proto
 from disagg.types import KVHandle
 from disagg.v1 import worker_pb2, worker_pb2_grpc
@@ -45,6 +45,10 @@ class BlockReader(Protocol):
         Raises KVLostError unless as many came as there are rows; what was written until then means nothing.
         When this returns or raises, cancellation included, nothing is being written any more.
         """
+        ...
+
+    async def close(self) -> None:
+        """End what it holds of its own; reads that run fail once they have stopped writing."""
         ...
 
 
@@ -74,26 +78,13 @@ class SharedMemoryReader:
         if len(rows) != len(target_rows) or not all(0 <= row < len(source) for row in rows):
             raise KVLostError("the peer located other blocks than the handle covers")
         stop = threading.Event()
-        # A future, not a task: a loop that shuts down cancels tasks, and would not wait for the thread.
         copying = asyncio.get_running_loop().run_in_executor(
             self._executor, _copy_rows, source, rows, target, list(target_rows), stop
         )
-        await _to_its_end(copying, stop)
+        await to_its_end(copying, stop.set)
 
-
-async def _to_its_end(copying: asyncio.Future[None], stop: threading.Event) -> None:
-    """Await the copy. If this task is cancelled, end the copy before the cancellation goes on: whoever
-    cancelled gives the rows back, and nobody may write into them from then on.
-    """
-    try:
-        await asyncio.shield(copying)
-    except asyncio.CancelledError:
-        stop.set()
-        while not copying.done():
-            # Cancelled again (a caller after a time-out): the thread still writes.
-            with contextlib.suppress(asyncio.CancelledError):
-                await asyncio.wait({copying})
-        raise
+    async def close(self) -> None:
+        """Nothing: copies that run end by themselves, and the mapping goes with its last user."""
 
 
 def _copy_rows(
@@ -131,7 +122,7 @@ def _runs(source_rows: Sequence[int], target_rows: Sequence[int], longest: int) 
 
 
 class StreamReader:
-    """Receives blocks as a stream of checksummed chunks."""
+    """Receives blocks as checksummed messages, for when the peer's bulk port can't be reached."""
 
     transport = "grpc"
 
@@ -159,6 +150,9 @@ class StreamReader:
             call.cancel()
         if received != len(target_rows):
             raise DamagedKVError(f"the peer sent {received} of {len(target_rows)} blocks")
+
+    async def close(self) -> None:
+        """Nothing: its calls end with their channel."""
 
     def _verified(self, chunk: worker_pb2.PullChunk | None, expected_block: int, missing: int) -> Blocks:
         """Return a chunk's blocks, uint8 [n, block_bytes], 0 < n <= missing. Raises DamagedKVError."""

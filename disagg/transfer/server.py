@@ -14,6 +14,8 @@ import grpc.aio
 import numpy as np
 
 from disagg.errors import DisaggError, KVLostError, LayoutMismatchError
+from disagg.tls import ClusterTLS
+from disagg.transfer.bulk_server import BulkServer
 from disagg.transfer.leases import LeaseTable
 from disagg.transfer.segment import SharedSegment, host_id
 from disagg.transfer.wire import (
@@ -57,6 +59,7 @@ class KVTransferService(worker_pb2_grpc.KVTransferServicer):
         chunk_bytes: int,
         on_released: Callable[[str], None],
         clock: Callable[[], float] = time.monotonic,
+        tls: ClusterTLS | None = None,
     ) -> None:
         self._layout = layout
         self._segment = segment
@@ -68,8 +71,23 @@ class KVTransferService(worker_pb2_grpc.KVTransferServicer):
         self._leases = LeaseTable(lease_s)
         self._timer: asyncio.TimerHandle | None = None
         self._host_id = host_id()
+        self._bulk = BulkServer(
+            segment.rows,
+            (worker_id, incarnation),
+            secret,
+            self._claimed_rows,
+            None if tls is None else tls.server,
+        )
+        self._bulk_port = 0
         self._probe = probe_handle(worker_id, incarnation, secret)
         segment.canary[:] = np.frombuffer(canary_bytes(self._probe, segment.block_bytes), np.uint8)
+
+    async def listen(self, host: str) -> None:
+        """Serve bulk streams too, on a port of `host` that the OS picks. Without this, KV that can't be
+        mapped travels as gRPC messages, at a fraction of the speed. Raises ConfigError where the host can't
+        be bound.
+        """
+        self._bulk_port = await self._bulk.start(host)
 
     # -- owner ---------------------------------------------------------------------------------------
 
@@ -90,10 +108,11 @@ class KVTransferService(worker_pb2_grpc.KVTransferServicer):
             self._give_back(request_id)
 
     async def close(self) -> None:
-        """End every lease. Peers' calls are the server's to end."""
+        """End every lease and bulk stream. Peers' calls are the server's to end."""
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
+        await self._bulk.close()
         for request_id in self._leases.clear():
             self._give_back(request_id)
 
@@ -140,6 +159,7 @@ class KVTransferService(worker_pb2_grpc.KVTransferServicer):
             transports=["grpc"] if segment is None else ["grpc", "shm"],
             segment=segment,
             num_blocks=self._segment.num_blocks,
+            bulk_port=self._bulk_port,
         )
 
     async def Locate(self, request: worker_pb2.LocateRequest, context: Context) -> worker_pb2.LocateResponse:

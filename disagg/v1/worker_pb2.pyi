@@ -457,10 +457,13 @@ class ConnectResponse(_message.Message):
     TRANSPORTS_FIELD_NUMBER: _builtins.int
     SEGMENT_FIELD_NUMBER: _builtins.int
     NUM_BLOCKS_FIELD_NUMBER: _builtins.int
+    BULK_PORT_FIELD_NUMBER: _builtins.int
     worker_id: _builtins.str
     incarnation: _builtins.str
     host_id: _builtins.str
     num_blocks: _builtins.int
+    bulk_port: _builtins.int
+    """Where the owner serves the same blocks as a bare TCP stream, on the host of this call; 0: nowhere."""
     @_builtins.property
     def layout(self) -> Global___KVLayout: ...
     @_builtins.property
@@ -477,10 +480,11 @@ class ConnectResponse(_message.Message):
         transports: _abc.Iterable[_builtins.str] | None = ...,
         segment: Global___SharedSegment | None = ...,
         num_blocks: _builtins.int = ...,
+        bulk_port: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["layout", b"layout", "segment", b"segment"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["host_id", b"host_id", "incarnation", b"incarnation", "layout", b"layout", "num_blocks", b"num_blocks", "segment", b"segment", "transports", b"transports", "worker_id", b"worker_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bulk_port", b"bulk_port", "host_id", b"host_id", "incarnation", b"incarnation", "layout", b"layout", "num_blocks", b"num_blocks", "segment", b"segment", "transports", b"transports", "worker_id", b"worker_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -13,6 +13,7 @@ from disagg.config import ClusterConfig, parse_config
 from disagg.frontend.gateway import Gateway
 from disagg.service.generation import GenerationRequest
 from disagg.service.router_server import RouterServer
+from disagg.tls import load_tls
 from disagg.types import FinishReason, Role, SamplingParams
 
 SECRET = "test-secret"
@@ -61,7 +62,7 @@ async def running_cluster(
     for section, values in (settings or {}).items():
         base[section] = {**base.get(section, {}), **values}
     config = parse_config(base)
-    cluster = Cluster(config, RouterServer(config.router, SECRET))
+    cluster = Cluster(config, RouterServer(config.router, SECRET, tls=load_tls(config.tls)))
     cluster.address = await cluster.router.start("127.0.0.1")
     try:
         counts = {Role.PREFILL: prefill, Role.DECODE: decode, Role.MIXED: mixed}

