@@ -46,6 +46,8 @@ class DecodeRun:
         self._ends: list[tuple[int, tuple[int, float, int], Sequence]] = []
         self._steps = 0
         self._settled_at = 0
+        # Blocks of the longest sequence that was ever added.
+        self._longest = 0
         self.size = 0
         self.context = 0
         # The leg under way.
@@ -55,6 +57,10 @@ class DecodeRun:
         self._slope = 0.0
 
     # -- who takes part ------------------------------------------------------------------------------
+
+    def expect(self, max_num_tokens: int) -> None:
+        """Note a request that may join one day, and how long it may get."""
+        self._longest = max(self._longest, -(-max_num_tokens // self._pool.block_size))
 
     def __contains__(self, seq: Sequence) -> bool:
         return seq in self._members
@@ -104,6 +110,19 @@ class DecodeRun:
             and self._may_lag
             and self._growth(1) <= self._pool.num_free
         )
+
+    def settle_if_it_matters(self) -> None:
+        """Bring the engine up to date, unless its Scheduler would decide the same without.
+
+        That is so where all that runs takes part and what lags, runs and waits fits into what is free: then
+        nobody is preempted and everybody is admitted whom the number of sequences allows.
+        """
+        scheduler = self._scheduler
+        if self.size == len(scheduler.running) and self._may_lag:
+            newcomers = len(scheduler.waiting) * self._longest + len(scheduler.receiving)
+            if self._growth(1) + self.size + newcomers <= self._pool.num_free:
+                return
+        self.settle()
 
     def _growth(self, steps: int) -> int:
         """Return how many blocks these sequences take at most in their lag and so many steps more."""

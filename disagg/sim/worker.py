@@ -127,6 +127,8 @@ class SimWorker:
         self._command(lambda: self._add(request, hold, remote_kv))
 
     def _add(self, request: Request, hold: bool, remote_kv: int) -> None:
+        if self._run is not None:
+            self._run.expect(len(request.token_ids) + (request.params.max_tokens or 0))
         try:
             self.engine.add(request, now=self._loop.now, hold=hold, remote_kv=remote_kv)
         except DisaggError as error:
@@ -195,7 +197,7 @@ class SimWorker:
             self._begin_leg(run, [], single=False)
             return True
         elif not run.engine_is_empty:
-            run.settle()
+            run.settle_if_it_matters()
             items = self._join(run, self._next_batch())
             if items or run.size:
                 single = bool(items or self.engine._scheduler._reservations)

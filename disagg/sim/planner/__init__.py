@@ -1,0 +1,1 @@
+"""Placement search: which workers, how many of each and how parallel, for a workload and its objectives."""
