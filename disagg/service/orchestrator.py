@@ -207,6 +207,8 @@ class Orchestrator:
     ) -> worker_pb2.Submit:
         """Return the next attempt under an id of its own: a worker may still be busy ending the last one."""
         story.attempts += 1
+        now, objective = self._clock(), story.request.slo_ttft_s
+        due_s = None if objective is None else max(0.001, objective - (now - story.timeline.arrived))
         request = Request(
             request_id=f"{story.request.request_id}#{story.attempts}",
             token_ids=story.tokens,
@@ -214,8 +216,9 @@ class Orchestrator:
             params=story.request.params,
             priority=story.request.priority,
             cache_salt=story.request.cache_salt,
+            slo_ttft_s=due_s,
         )
-        timeout_s = max(0.001, story.deadline - self._clock())
+        timeout_s = max(0.001, story.deadline - now)
         return wire.submit_to_proto(request, timeout_s=timeout_s, hold_key=hold_key, handle=handle)
 
     async def _next_output(self, story: _Story, stream: RequestStream) -> StepOutput:

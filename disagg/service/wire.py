@@ -116,6 +116,7 @@ def submit_to_proto(
         timeout_s=timeout_s,
         cache_salt=request.cache_salt,
         hold_key=hold_key,
+        slo_ttft_s=request.slo_ttft_s or 0.0,
     )
     if handle is not None:
         message.handle.CopyFrom(handle_to_proto(handle))
@@ -136,6 +137,7 @@ def request_from_proto(message: worker_pb2.Submit, *, now: float) -> Request:
         priority=message.priority,
         deadline=now + message.timeout_s if message.timeout_s > 0 else None,
         cache_salt=message.cache_salt,
+        slo_ttft_s=message.slo_ttft_s if message.slo_ttft_s > 0 else None,
     )
 
 

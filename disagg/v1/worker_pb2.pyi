@@ -58,6 +58,7 @@ class Submit(_message.Message):
     CACHE_SALT_FIELD_NUMBER: _builtins.int
     HOLD_KEY_FIELD_NUMBER: _builtins.int
     HANDLE_FIELD_NUMBER: _builtins.int
+    SLO_TTFT_S_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     num_prompt_tokens: _builtins.int
     priority: _builtins.int
@@ -66,6 +67,8 @@ class Submit(_message.Message):
     cache_salt: _builtins.str
     hold_key: _builtins.bytes
     """Keep the KV after the first token and publish it under this key."""
+    slo_ttft_s: _builtins.float
+    """Seconds from now in which the first token is wanted, 0 for no objective: what is due first is served first."""
     @_builtins.property
     def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
     @_builtins.property
@@ -86,10 +89,11 @@ class Submit(_message.Message):
         cache_salt: _builtins.str = ...,
         hold_key: _builtins.bytes = ...,
         handle: Global___KVHandle | None = ...,
+        slo_ttft_s: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["handle", b"handle", "params", b"params"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cache_salt", b"cache_salt", "handle", b"handle", "hold_key", b"hold_key", "num_prompt_tokens", b"num_prompt_tokens", "params", b"params", "priority", b"priority", "request_id", b"request_id", "timeout_s", b"timeout_s", "token_ids", b"token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cache_salt", b"cache_salt", "handle", b"handle", "hold_key", b"hold_key", "num_prompt_tokens", b"num_prompt_tokens", "params", b"params", "priority", b"priority", "request_id", b"request_id", "slo_ttft_s", b"slo_ttft_s", "timeout_s", b"timeout_s", "token_ids", b"token_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
