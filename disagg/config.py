@@ -200,6 +200,34 @@ class FrontendConfig(_Frozen):
         return self.model_copy(update={"api_key": key, "api_key_file": None})
 
 
+class SLOConfig(_Frozen):
+    """Objectives of requests that name none; without one, a request counts as neither met nor missed.
+
+    ttft_s: time to first token. tpot_s: mean time per output token after it.
+    """
+
+    ttft_s: float | None = Field(None, gt=0)
+    tpot_s: float | None = Field(None, gt=0)
+
+
+class MetricsConfig(_Frozen):
+    """What /metrics shows. vllm_aliases: vLLM's names too, for gateways and dashboards made for them."""
+
+    vllm_aliases: bool = False
+
+
+class TracingConfig(_Frozen):
+    """OpenTelemetry traces over OTLP (gRPC); off while there is no endpoint. Needs the extra [tracing].
+
+    endpoint: of the collector, as http://127.0.0.1:4317; https for TLS. sample_ratio: share of requests
+    traced of those that come without a trace context; a context's own decision is followed.
+    """
+
+    endpoint: str | None = Field(None, pattern="^https?://")
+    sample_ratio: float = Field(1.0, ge=0, le=1)
+    service_name: str = Field("disagg", min_length=1)
+
+
 class NetworkConfig(_Frozen):
     """Where router and workers listen, for each other and for front ends.
 
@@ -222,6 +250,9 @@ class ClusterConfig(_Frozen):
     router: RouterConfig = RouterConfig()
     frontend: FrontendConfig = FrontendConfig()
     network: NetworkConfig = NetworkConfig()
+    slo: SLOConfig = SLOConfig()
+    metrics: MetricsConfig = MetricsConfig()
+    tracing: TracingConfig = TracingConfig()
 
     def pool(self, role: Role) -> PoolConfig:
         return {Role.PREFILL: self.prefill, Role.DECODE: self.decode, Role.MIXED: self.mixed}[role]

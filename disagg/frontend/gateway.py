@@ -22,13 +22,15 @@ from disagg.frontend.backend import Readiness, load_sampling_defaults
 from disagg.frontend.grpc_service import create_grpc_server
 from disagg.model.config import read_spec
 from disagg.routing.view import ClusterView
-from disagg.service.metrics import FrontendMetrics, merge_expositions
+from disagg.service.exposition import merge_expositions
+from disagg.service.metrics import FrontendMetrics
 from disagg.service.orchestrator import Orchestrator, ServedModel
-from disagg.service.router_client import RouterClient
+from disagg.service.router_client import ReportKind, RouterClient
 from disagg.service.tokenizer import Tokenizer
 from disagg.service.worker_pool import WorkerPool
 from disagg.tls import load_tls
 from disagg.types import Role, WorkerInfo, WorkerStatus
+from disagg.v1 import router_pb2
 
 logger = logging.getLogger(__name__)
 
@@ -65,6 +67,13 @@ class Gateway:
                 placement.policy, placement.kind.value
             ).inc(),
             tls=tls,
+            report=self._report,
+        )
+        self._metrics.describe(
+            self.version,
+            {role: config.pool(role).replicas for role in Role},
+            {"ttft": config.slo.ttft_s, "tpot": config.slo.tpot_s},
+            lambda: self._router.connected,
         )
         self._workers = WorkerPool(secret, self._worker_info, tls)
         self._readiness: tuple[float, Readiness] | None = None
@@ -87,6 +96,7 @@ class Gateway:
             self._workers,
             self._metrics,
             max_resumes=self._cluster_config.router.max_resumes,
+            slo=self._cluster_config.slo,
         )
         front = self.config
         self._grpc = create_grpc_server(self, front.api_key, front.host, front.grpc_port)
@@ -141,12 +151,31 @@ class Gateway:
         return None if response.ok else f"{decode} can't pull from {prefill}: {response.error}"
 
     async def metrics(self) -> bytes:
-        """Return this front end's metrics and those of the router and all workers as one exposition."""
+        """Return the metrics of every front end, the router and all workers as one exposition."""
         sources = [self._scrape("router", self._router.scrape(PEER_TIMEOUT_S))]
         for worker_id in self._router.view.workers:
             sources.append(self._scrape(worker_id, self._scrape_worker(worker_id)))
-        parts = [(self._id, self._metrics.exposition()), *await asyncio.gather(*sources)]
-        return merge_expositions(parts)
+        others, answers = await asyncio.gather(
+            self._gather(router_pb2.REPORT_KIND_METRICS), asyncio.gather(*sources)
+        )
+        parts = [(self._id, self._metrics.exposition()), *others.items(), *answers]
+        aliases = self._cluster_config.metrics.vllm_aliases
+        # On a thread, since a large cluster's lines take milliseconds that streams would wait for.
+        return await asyncio.to_thread(
+            merge_expositions, parts, vllm_model=self.model_name if aliases else None
+        )
+
+    def _report(self, kind: ReportKind) -> bytes:
+        """Return what another front end asks for through the router."""
+        return self._metrics.exposition() if kind == router_pb2.REPORT_KIND_METRICS else b""
+
+    async def _gather(self, kind: ReportKind) -> dict[str, bytes]:
+        """Return the other front ends' reports; none while the router is away."""
+        try:
+            return await self._router.gather(kind, PEER_TIMEOUT_S)
+        except (WorkerLostError, grpc.RpcError) as error:
+            logger.warning("no reports from other front ends: %s", error)
+            return {}
 
     async def _scrape_worker(self, worker_id: str) -> bytes:
         return await self._workers.connect(worker_id).scrape(PEER_TIMEOUT_S)

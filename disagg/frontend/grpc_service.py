@@ -23,6 +23,7 @@ from disagg.frontend.text_generation import GenerationGroup, TextGeneration, Usa
 from disagg.rpc import MAX_MESSAGE_BYTES
 from disagg.service.generation import GenerationRequest, unroll
 from disagg.service.text import TextDelta
+from disagg.service.timeline import Timeline
 from disagg.types import FinishReason, SamplingParams
 from disagg.v1 import common_pb2, inference_pb2, inference_pb2_grpc
 
@@ -140,6 +141,7 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
         self, request: inference_pb2.GenerateRequest, request_id: str, context: Context
     ) -> GenerationRequest:
         backend = self._backend
+        timeline = Timeline(traceparent=_traceparent(context))
         prompts.check_model(backend, request.model)
         if len(request.cache_salt) > _MAX_SALT_CHARS:
             raise InvalidRequestError(
@@ -170,6 +172,7 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
             cache_salt=request.cache_salt,
             slo_ttft_s=_objective(request.slo_ttft_ms, "slo_ttft_ms"),
             slo_tpot_s=_objective(request.slo_tpot_ms, "slo_tpot_ms"),
+            timeline=timeline,
         )
 
     async def _encode(self, request: inference_pb2.GenerateRequest) -> tuple[Prompt, str, int | None]:
@@ -247,6 +250,12 @@ def _message(index: int, message: inference_pb2.ChatMessage) -> dict[str, str]:
         )
     role = "system" if message.role == "developer" else message.role
     return {"role": role, "content": message.content}
+
+
+def _traceparent(context: Context) -> str:
+    values = (value for key, value in context.invocation_metadata() or () if key == "traceparent")
+    value = next(values, "")
+    return value if isinstance(value, str) else ""
 
 
 def _objective(milliseconds: float, name: str) -> float | None:

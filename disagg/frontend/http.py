@@ -57,6 +57,7 @@ from disagg.frontend.schemas import (
 )
 from disagg.frontend.text_generation import TextGeneration, stream_all, total_usage
 from disagg.service.generation import GenerationRequest, unroll
+from disagg.service.timeline import Timeline
 from disagg.types import SamplingParams
 
 # The orchestrator keeps deadlines; this much later the front end answers by itself.
@@ -64,6 +65,7 @@ _DEADLINE_GRACE_S = 2.0
 _MAX_HEADER_MS = 1e9
 # Key of the ASGI scope, which unlike its "state" belongs to one request whatever the server.
 _REQUEST_ID = "disagg.request_id"
+_ARRIVED = "disagg.arrived"
 _SSE_HEADERS = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
     (b"cache-control", b"no-cache"),
@@ -105,6 +107,7 @@ def _answering(endpoint: Endpoint) -> Endpoint:
     """Turn every error into OpenAI's shape, and see to the request id."""
 
     async def answer(request: Request) -> Response:
+        request.scope[_ARRIVED] = time.monotonic()
         request_id = _request_id(request)
         request.scope[_REQUEST_ID] = request_id
         try:
@@ -276,6 +279,7 @@ class _Api:
                 slo_ttft_s=objectives.ttft_s,
                 slo_tpot_s=objectives.tpot_s,
                 service_tier=body.tier,
+                timeline=Timeline(request.scope[_ARRIVED], request.headers.get("traceparent", "")),
             )
             for internal_id, (prompt, choice) in zip(ids, params, strict=True)
         ]

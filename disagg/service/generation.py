@@ -7,6 +7,7 @@ from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
+from disagg.service.timeline import Timeline
 from disagg.types import MAX_SEED, SamplingParams, StepOutput
 
 
@@ -15,6 +16,7 @@ class GenerationRequest:
     """One prompt, one sequence: n is unrolled and the seed drawn by the front end.
 
     timeout_s: seconds until the deadline. slo_ttft_s, slo_tpot_s: objectives, None for the defaults.
+    timeline: begins when the front end received the request; the generator writes down what becomes of it.
     """
 
     request_id: str
@@ -26,6 +28,7 @@ class GenerationRequest:
     slo_ttft_s: float | None = None
     slo_tpot_s: float | None = None
     service_tier: str = field(default="default")
+    timeline: Timeline = field(default_factory=Timeline, compare=False)
 
 
 class Generator(Protocol):

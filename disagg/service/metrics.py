@@ -1,20 +1,17 @@
-"""Prometheus metrics, under the names of the project's contract, and their union over processes.
+"""What workers and front ends count, under the names of the project's contract.
 
-Every process keeps its own registry. A front end that is asked for /metrics scrapes the others over gRPC
-and merges, so one target shows the whole cluster. Labels take values from closed sets (roles, worker ids,
-transports), never what a client wrote.
+Every process keeps its own registry; a front end that is asked for /metrics gathers the others' and merges
+them (service/exposition.py). Labels take values from closed sets (roles, worker ids, transports), never what
+a client wrote.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Mapping
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
-from prometheus_client.core import Metric
-from prometheus_client.parser import text_string_to_metric_families
-from prometheus_client.registry import Collector
 
-from disagg.types import WorkerInfo, WorkerLoad
+from disagg.types import Role, WorkerInfo, WorkerLoad
 
 # From a cached token on a fast GPU to a long prompt behind a queue.
 LATENCY_BUCKETS = (
@@ -25,6 +22,10 @@ TOKEN_BUCKETS = (
     *(0.0005, 0.001, 0.002, 0.004, 0.006, 0.008, 0.01, 0.015, 0.02, 0.025, 0.03, 0.04, 0.05),
     *(0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5),
 )
+OTHER_FAILURE = "internal_error"
+TRANSFER_FAILURES = ("kv_lost", "kv_layout_mismatch", OTHER_FAILURE)
+OUTCOMES = ("stop", "length", "abort", "error", "shed", "deadline", "invalid")
+RESUME_CAUSES = ("worker_lost", "kv_lost")
 
 
 class WorkerMetrics:
@@ -53,6 +54,24 @@ class WorkerMetrics:
             buckets=LATENCY_BUCKETS,
             registry=self.registry,
         )
+        self._failures = Counter(
+            "disagg_kv_transfer_failures",
+            "Pulls that failed and whose KV was computed again.",
+            ("role", "worker", "reason"),
+            registry=self.registry,
+        )
+        for reason in TRANSFER_FAILURES:
+            self._failures.labels(*self._labels, reason)
+        self._step = Histogram(
+            "disagg_engine_step_seconds",
+            "Duration of one engine step.",
+            ("role", "worker"),
+            buckets=TOKEN_BUCKETS,
+            registry=self.registry,
+        ).labels(*self._labels)
+        self._held = self._gauge("disagg_num_requests_held", "Prefilled requests whose KV awaits its pull.")
+        self._expired = self._counter("disagg_kv_lease_expiries", "Leases on published KV that ran out.")
+        self._num_expired = 0
         self._totals = (0, 0, 0)
         self.observe_engine(WorkerLoad(), self._totals)
 
@@ -66,6 +85,7 @@ class WorkerMetrics:
         """Take over the engine's state; totals are (queries, hits, preemptions) since its start."""
         self._running.set(load.num_running)
         self._waiting.set(load.num_waiting)
+        self._held.set(load.num_held)
         self._usage.set(load.kv_blocks_used / max(1, self._blocks_total))
         for counter, new, old in zip(
             (self._queries, self._hits, self._preemptions), totals, self._totals, strict=True
@@ -78,14 +98,28 @@ class WorkerMetrics:
         self._bytes.labels(*self._labels, transport).inc(num_bytes)
         self._copy.labels(*self._labels, transport).observe(seconds)
 
+    def observe_failed_pull(self, reason: str) -> None:
+        """Count a pull that failed. reason: a DisaggError's type."""
+        known = reason if reason in TRANSFER_FAILURES else OTHER_FAILURE
+        self._failures.labels(*self._labels, known).inc()
+
+    def observe_step(self, seconds: float) -> None:
+        self._step.observe(seconds)
+
+    def observe_expired_leases(self, total: int) -> None:
+        """Take over how many leases ran out since the worker's start."""
+        self._expired.inc(total - self._num_expired)
+        self._num_expired = total
+
     def exposition(self) -> bytes:
         return generate_latest(self.registry)
 
 
 class FrontendMetrics:
-    """What a client of one front end saw.
+    """What the clients of one front end saw.
 
-    queue + prefill + kv_transfer + decode of a request add up to its end-to-end latency.
+    queue + prefill of a request are its time to the first token, kv_transfer + first_decode the gap to the
+    second, and queue + prefill + kv_transfer + decode its end-to-end latency.
     """
 
     def __init__(self) -> None:
@@ -101,20 +135,55 @@ class FrontendMetrics:
             "request_kv_transfer", "First token to decode having its KV.", latency
         )
         self.decode = self._histogram("request_decode", "Decode having its KV to the end.", latency)
+        self.first_decode = self._histogram(
+            "request_first_decode", "Decode having its KV to the second token.", latency
+        )
         self.exposed = self._histogram(
             "kv_transfer_exposed", "Part of a KV transfer not hidden behind prefill.", latency
         )
         self.prompt_tokens = self._counter("prompt_tokens", "Prompt tokens of finished prefills.")
         self.generation_tokens = self._counter("generation_tokens", "Tokens sent to clients.")
         self.requests = self._counter("requests", "Requests by how they ended.", ("outcome",))
+        self.in_flight = Gauge(
+            "disagg_num_requests_in_flight", "Requests that run or wait anywhere.", registry=self.registry
+        )
         self.resumes = self._counter("request_resumes", "Requests continued after a fault.", ("cause",))
         self.slo = self._counter("slo_attained", "Requests by whether they met an objective.", ("slo", "met"))
         # The router counts its own; a front end adds those that it made while the router was away.
         self.placements = self._counter(
             "router_placements", "Placements by policy and kind.", ("policy", "kind")
         )
-        for outcome in ("stop", "length", "abort", "error", "shed", "deadline", "invalid"):
+        # Series exist from the start, at 0: the first event of a kind must be a rise that a rate can see.
+        for outcome in OUTCOMES:
             self.requests.labels(outcome)
+        for cause in RESUME_CAUSES:
+            self.resumes.labels(cause)
+        for name in ("ttft", "tpot"):
+            for met in ("true", "false"):
+                self.slo.labels(name, met)
+
+    def describe(
+        self,
+        version: str,
+        pools: Mapping[Role, int],
+        objectives: Mapping[str, float | None],
+        router_connected: Callable[[], bool],
+    ) -> None:
+        """Add what is configured, so that dashboards and alerts can compare with it.
+
+        pools: workers wanted by role. objectives: default objectives in seconds by name.
+        """
+        self._gauge("build_info", "1, labelled with the version.", ("version",)).labels(version).set(1)
+        wanted = self._gauge("pool_replicas", "Workers that a pool is to have.", ("role",))
+        for role, count in pools.items():
+            wanted.labels(role.value).set(count)
+        goals = self._gauge("slo_objective_seconds", "Objective of requests that name none.", ("slo",))
+        for name, seconds in objectives.items():
+            if seconds is not None:
+                goals.labels(name).set(seconds)
+        self._gauge("router_connected", "1 while the stream to the router stands.").set_function(
+            lambda: float(router_connected())
+        )
 
     def _histogram(self, name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
         return Histogram(f"disagg_{name}_seconds", text, buckets=buckets, registry=self.registry)
@@ -122,35 +191,8 @@ class FrontendMetrics:
     def _counter(self, name: str, text: str, labels: tuple[str, ...] = ()) -> Counter:
         return Counter(f"disagg_{name}", text, labels, registry=self.registry)
 
+    def _gauge(self, name: str, text: str, labels: tuple[str, ...] = ()) -> Gauge:
+        return Gauge(f"disagg_{name}", text, labels, registry=self.registry)
+
     def exposition(self) -> bytes:
         return generate_latest(self.registry)
-
-
-class _Families(Collector):
-    def __init__(self, families: Iterable[Metric]) -> None:
-        self._families = list(families)
-
-    def collect(self) -> list[Metric]:
-        return self._families
-
-
-def merge_expositions(parts: Iterable[tuple[str, bytes]]) -> bytes:
-    """Return one exposition from several (process label, exposition) pairs.
-
-    Families of one name are joined, as the format asks. Samples get a `process` label where two processes
-    would otherwise expose the same series.
-    """
-    families: dict[str, Metric] = {}
-    for process, exposition in parts:
-        for family in text_string_to_metric_families(exposition.decode()):
-            merged = families.get(family.name)
-            if merged is None:
-                merged = families[family.name] = Metric(family.name, family.documentation, family.type)
-            for sample in family.samples:
-                labels = dict(sample.labels)
-                labels.setdefault("process", process)
-                merged.samples.append(sample._replace(labels=labels))
-    registry = CollectorRegistry()
-    if families:
-        registry.register(_Families(families.values()))
-    return generate_latest(registry)

@@ -19,6 +19,7 @@ from contextlib import ExitStack, aclosing
 from dataclasses import dataclass, field
 from typing import TypeVar
 
+from disagg.config import SLOConfig
 from disagg.errors import (
     DeadlineExceededError,
     DisaggError,
@@ -33,6 +34,7 @@ from disagg.service import wire
 from disagg.service.generation import GenerationRequest
 from disagg.service.metrics import FrontendMetrics
 from disagg.service.router_client import RouterClient
+from disagg.service.timeline import Attempt, Timeline, Transfer
 from disagg.service.worker_pool import RequestStream, WorkerPool
 from disagg.types import FinishReason, KVHandle, Request, StepOutput
 from disagg.v1 import worker_pb2
@@ -54,27 +56,18 @@ class ServedModel:
 
 
 @dataclass(slots=True)
-class _Timeline:
-    """Lifetime events of one request on the front end's clock, and what the workers reported."""
-
-    arrived: float
-    first_token: float | None = None
-    last_token: float | None = None
-    finished: float | None = None
-    prefill_s: float = 0.0
-    transfer_s: float = 0.0
-
-
-@dataclass(slots=True)
 class _Story:
     """One request's state across placements. tokens: prompt and output so far."""
 
     request: GenerationRequest
     deadline: float
-    timeline: _Timeline
     tokens: list[int]
     attempts: int = 0
     lost: list[str] = field(default_factory=list)
+
+    @property
+    def timeline(self) -> Timeline:
+        return self.request.timeline
 
     @property
     def num_output_tokens(self) -> int:
@@ -82,7 +75,11 @@ class _Story:
 
 
 class Orchestrator:
-    """Runs requests for one front end; implements service.generation.Generator."""
+    """Runs requests for one front end; implements service.generation.Generator.
+
+    slo: objectives of requests that name none. on_end: called with every request that has ended, however.
+    clock: that of the requests' timelines.
+    """
 
     def __init__(
         self,
@@ -93,6 +90,8 @@ class Orchestrator:
         metrics: FrontendMetrics,
         *,
         max_resumes: int = 8,
+        slo: SLOConfig | None = None,
+        on_end: Callable[[GenerationRequest], None] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._frontend_id = frontend_id
@@ -101,15 +100,15 @@ class Orchestrator:
         self._workers = workers
         self._metrics = metrics
         self._max_resumes = max_resumes
+        self._slo = slo or SLOConfig()
+        self._on_end = on_end
         self._clock = clock
 
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[StepOutput, None]:
         """See Generator.generate."""
-        now = self._clock()
-        story = _Story(
-            request, now + request.timeout_s, _Timeline(arrived=now), list(request.prompt_token_ids)
-        )
+        story = _Story(request, self._clock() + request.timeout_s, list(request.prompt_token_ids))
         outcome = "abort"
+        self._metrics.in_flight.inc()
         try:
             async with aclosing(self._run(story)) as outputs:
                 async for output in outputs:
@@ -122,7 +121,7 @@ class Orchestrator:
             raise
         finally:
             self._router.finished(request.request_id)
-            self._observe_end(story, outcome)
+            self._end(story, outcome)
 
     # -- the story ---------------------------------------------------------------------------------
 
@@ -130,12 +129,15 @@ class Orchestrator:
         while True:
             try:
                 placement = await self._place(story)
-                async with aclosing(self._attempt(story, placement)) as outputs:
-                    async for output in outputs:
-                        story.tokens.extend(output.token_ids)
-                        yield output
-                        if output.finish_reason is not None:
-                            return
+                try:
+                    async with aclosing(self._attempt(story, placement)) as outputs:
+                        async for output in outputs:
+                            story.tokens.extend(output.token_ids)
+                            yield output
+                            if output.finish_reason is not None:
+                                return
+                finally:
+                    story.timeline.current.ended = self._clock()
             except WorkerLostError as error:
                 self._note_loss(story, error)
                 await asyncio.sleep(RETRY_DELAY_S)
@@ -143,6 +145,8 @@ class Orchestrator:
     def _note_loss(self, story: _Story, error: WorkerLostError) -> None:
         """Count a lost worker against the retry budget. Raises NoCapacityError when that is spent."""
         logger.warning("request %s resumes: %s", story.request.request_id, error.message)
+        if story.timeline.attempts:
+            story.timeline.current.lost = error.worker_id
         self._metrics.resumes.labels("worker_lost").inc()
         story.lost.append(error.worker_id)
         if len(story.lost) > self._max_resumes:
@@ -154,6 +158,7 @@ class Orchestrator:
         hashes = block_hashes(story.tokens, self._model.block_size, root)
         room = self._model.max_model_len - len(request.prompt_token_ids)
         limit = room if request.params.max_tokens is None else min(room, request.params.max_tokens)
+        slo_ttft_s, slo_tpot_s = self._objectives(request)
         wanted = PlacementRequest(
             request_id=request.request_id,
             frontend_id=self._frontend_id,
@@ -161,11 +166,28 @@ class Orchestrator:
             max_new_tokens=max(1, limit - story.num_output_tokens),
             block_hashes=tuple(short_hash(item) for item in hashes),
             priority=request.priority,
-            slo_ttft_s=request.slo_ttft_s,
-            slo_tpot_s=request.slo_tpot_s,
+            slo_ttft_s=slo_ttft_s,
+            slo_tpot_s=slo_tpot_s,
             excluded=tuple(story.lost),
         )
-        return await self._before_deadline(story, self._router.place(wanted))
+        asked = self._clock()
+        placement = await self._before_deadline(story, self._router.place(wanted))
+        story.timeline.attempts.append(
+            Attempt(
+                asked,
+                self._clock(),
+                placement.prefill_worker,
+                placement.decode_worker,
+                placement.policy,
+                placement.kind.value,
+            )
+        )
+        return placement
+
+    def _objectives(self, request: GenerationRequest) -> tuple[float | None, float | None]:
+        """Return the request's TTFT and TPOT objectives in seconds, where it has them."""
+        ttft, tpot = request.slo_ttft_s, request.slo_tpot_s
+        return (self._slo.ttft_s if ttft is None else ttft, self._slo.tpot_s if tpot is None else tpot)
 
     async def _attempt(self, story: _Story, placement: Placement) -> AsyncGenerator[StepOutput, None]:
         """Run the request on one placement until it ends or a worker is lost."""
@@ -192,6 +214,7 @@ class Orchestrator:
         self, story: _Story, worker_id: str, handle: KVHandle, on_prefill: ExitStack
     ) -> AsyncGenerator[StepOutput, None]:
         submit = self._submission(story, handle=handle)
+        story.timeline.current.handed_off = self._clock()
         with self._workers.open(worker_id, submit) as decode:
             while True:
                 output = await self._next_output(story, decode)
@@ -207,7 +230,7 @@ class Orchestrator:
     ) -> worker_pb2.Submit:
         """Return the next attempt under an id of its own: a worker may still be busy ending the last one."""
         story.attempts += 1
-        now, objective = self._clock(), story.request.slo_ttft_s
+        now, objective = self._clock(), self._objectives(story.request)[0]
         due_s = None if objective is None else max(0.001, objective - (now - story.timeline.arrived))
         request = Request(
             request_id=f"{story.request.request_id}#{story.attempts}",
@@ -246,51 +269,63 @@ class Orchestrator:
         if not output.token_ids:
             return
         now, timeline = self._clock(), story.timeline
+        attempt = timeline.current
+        if attempt.first_output is None:
+            attempt.first_output = now
+            attempt.num_cached_tokens = output.num_cached_tokens
+            attempt.queued_s, attempt.prefill_s = output.queued_s or 0.0, output.prefill_s or 0.0
         if timeline.first_token is None:
             timeline.first_token = now
-            timeline.prefill_s = output.prefill_s or 0.0
             self._metrics.ttft.observe(now - timeline.arrived)
             self._metrics.prompt_tokens.inc(len(story.request.prompt_token_ids))
             self._router.prefilled(story.request.request_id)
         elif timeline.last_token is not None:
+            timeline.second_token = timeline.second_token or now
             self._metrics.itl.observe(now - timeline.last_token)
         timeline.last_token = now
+        timeline.num_output_tokens += len(output.token_ids)
         self._metrics.generation_tokens.inc(len(output.token_ids))
 
     def _observe_transfer(self, story: _Story, report: worker_pb2.TransferReport) -> None:
-        story.timeline.transfer_s += report.seconds
+        attempt = story.timeline.current
+        attempt.kv_ready = self._clock()
+        attempt.transfer = Transfer(
+            report.transport, report.bytes, report.seconds, report.recomputed, report.reason
+        )
         self._metrics.exposed.observe(report.seconds)
         if report.recomputed:
             self._metrics.resumes.labels("kv_lost").inc()
 
-    def _observe_end(self, story: _Story, outcome: str) -> None:
-        metrics, timeline = self._metrics, story.timeline
-        metrics.requests.labels(outcome).inc()
-        if timeline.first_token is None or outcome not in ("stop", "length"):
-            return
-        ended = self._clock()
-        e2e, ttft = ended - timeline.arrived, timeline.first_token - timeline.arrived
-        # Clamped so that the four parts add up to e2e even where a resume repeated one of them.
-        prefill = min(timeline.prefill_s, ttft)
-        transfer = min(timeline.transfer_s, e2e - ttft)
-        metrics.e2e.observe(e2e)
-        metrics.queue.observe(ttft - prefill)
-        metrics.prefill.observe(prefill)
-        metrics.kv_transfer.observe(transfer)
-        metrics.decode.observe(e2e - ttft - transfer)
-        self._observe_objectives(story, ttft, ended - timeline.first_token)
+    def _end(self, story: _Story, outcome: str) -> None:
+        timeline = story.timeline
+        timeline.finished, timeline.outcome = self._clock(), outcome
+        self._metrics.in_flight.dec()
+        self._metrics.requests.labels(outcome).inc()
+        if outcome in ("stop", "length"):
+            self._observe_parts(story)
+        if self._on_end is not None:
+            self._on_end(story.request)
 
-    def _observe_objectives(self, story: _Story, ttft: float, decode_s: float) -> None:
-        request, num_gaps = story.request, story.num_output_tokens - 1
-        tpot = decode_s / num_gaps if num_gaps > 0 else None
+    def _observe_parts(self, story: _Story) -> None:
+        metrics, timeline = self._metrics, story.timeline
+        parts = timeline.parts()
+        if parts is None:
+            return
+        metrics.e2e.observe(parts.e2e)
+        metrics.queue.observe(parts.queue)
+        metrics.prefill.observe(parts.prefill)
+        metrics.kv_transfer.observe(parts.kv_transfer)
+        metrics.decode.observe(parts.decode)
+        if parts.first_decode is not None:
+            metrics.first_decode.observe(parts.first_decode)
+        num_gaps = timeline.num_output_tokens - 1
+        tpot = (parts.e2e - parts.ttft) / num_gaps if num_gaps > 0 else None
         if tpot is not None:
-            self._metrics.tpot.observe(tpot)
-        for name, value, objective in (
-            ("ttft", ttft, request.slo_ttft_s),
-            ("tpot", tpot, request.slo_tpot_s),
-        ):
+            metrics.tpot.observe(tpot)
+        objectives = self._objectives(story.request)
+        for name, value, objective in zip(("ttft", "tpot"), (parts.ttft, tpot), objectives, strict=True):
             if objective is not None and value is not None:
-                self._metrics.slo.labels(name, str(value <= objective).lower()).inc()
+                metrics.slo.labels(name, str(value <= objective).lower()).inc()
 
 
 def _outcome_of(error: DisaggError) -> str:

@@ -13,8 +13,8 @@ import dataclasses
 import logging
 import random
 import time
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import Any, TypeAlias
 
 import grpc
 import grpc.aio
@@ -31,6 +31,8 @@ from disagg.service.router_link import CONNECT_TIMEOUT_S, GetAddress, RouterLink
 from disagg.tls import ClusterTLS
 from disagg.types import WorkerStatus
 from disagg.v1 import router_pb2, router_pb2_grpc, worker_pb2
+
+ReportKind: TypeAlias = router_pb2.ReportKind.ValueType
 
 __all__ = ["RouterClient", "WorkerMembership"]
 
@@ -50,6 +52,7 @@ class RouterClient:
     """Places requests, and tells the router what became of them. All methods belong to the event loop.
 
     stale_placements: decisions made on the last view; on_stale_placement is called with each of them.
+    report: what this front end counts, asked for by the others through the router.
     connected: whether the stream to the router stands. router_pid: of the last router, 0 before the first.
     """
 
@@ -64,6 +67,7 @@ class RouterClient:
         clock: Callable[[], float] = time.monotonic,
         on_stale_placement: Callable[[Placement], None] | None = None,
         tls: ClusterTLS | None = None,
+        report: Callable[[ReportKind], bytes] | None = None,
     ) -> None:
         self.frontend_id = wire.checked_id("frontend_id", frontend_id)
         self.connected = False
@@ -73,6 +77,7 @@ class RouterClient:
         self._config = config
         self._clock = clock
         self._on_stale_placement = on_stale_placement
+        self._report = report
         self._local = Router(config, rng or random.Random())
         self._link = RouterLink(get_address, self._attach, tls)
         self._stub: router_pb2_grpc.RouterAsyncStub | None = None
@@ -80,6 +85,7 @@ class RouterClient:
         # Until when workers stay in the view that a restarted router does not list.
         self._settles_at: float | None = None
         self._events: list[router_pb2.RequestEvent] = []
+        self._answers: list[router_pb2.ReportAnswer] = []
         self._events_ready = asyncio.Event()
         self._changed = asyncio.Event()
         self._callbacks: list[Callable[[ClusterView], None]] = []
@@ -189,6 +195,20 @@ class RouterClient:
             raise WorkerLostError("the router went away", worker_id="router") from None
         return response.exposition
 
+    async def gather(self, kind: ReportKind, timeout: float) -> dict[str, bytes]:
+        """Return the reports of all other front ends by id. Raises as `scrape` does."""
+        stub = self._stub
+        if stub is None:
+            raise WorkerLostError("the router is away", worker_id="router")
+        request = router_pb2.GatherRequest(frontend_id=self.frontend_id, kind=kind)
+        try:
+            response = await stub.Gather(request, timeout=timeout, metadata=self._metadata)
+        except asyncio.CancelledError:
+            if cancelled_from_outside():
+                raise
+            raise WorkerLostError("the router went away", worker_id="router") from None
+        return {report.process: report.body for report in response.reports}
+
     # -- stream --------------------------------------------------------------------------------------
 
     async def _attach(self, stub: router_pb2_grpc.RouterAsyncStub) -> None:
@@ -210,6 +230,7 @@ class RouterClient:
             writer.cancel()
             await asyncio.gather(writer, return_exceptions=True)
             self._events.clear()
+            self._answers.clear()
             call.cancel()
 
     async def _send_events(self, call: grpc.aio.StreamStreamCall[Any, Any]) -> None:
@@ -217,12 +238,25 @@ class RouterClient:
         while True:
             await self._events_ready.wait()
             self._events_ready.clear()
+            for answer in self._take_answers():
+                await call.write(router_pb2.FrontendReport(answers=[answer]))
             while self._events:
                 batch = self._events[: wire.MAX_REQUEST_EVENTS]
                 del self._events[: len(batch)]
                 await call.write(router_pb2.FrontendReport(events=batch))
 
+    def _take_answers(self) -> list[router_pb2.ReportAnswer]:
+        answers, self._answers = self._answers, []
+        return answers
+
+    def _answer(self, questions: Iterable[router_pb2.ReportQuestion]) -> None:
+        for question in questions:
+            body = b"" if self._report is None else self._report(question.kind)
+            self._answers.append(router_pb2.ReportAnswer(number=question.number, body=body))
+            self._events_ready.set()
+
     def _on_view(self, message: router_pb2.ClusterView) -> None:
+        self._answer(message.questions)
         states = {state.info.worker_id: state for state in map(wire.state_from_proto, message.workers)}
         now, before = self._clock(), self.view.version
         self._follow_router(message, now)

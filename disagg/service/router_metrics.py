@@ -40,15 +40,22 @@ class RouterMetrics:
             ("role", "state"),
             registry=self.registry,
         )
+        self._frontends = Gauge(
+            "disagg_router_frontends", "Front ends that are attached to the router.", registry=self.registry
+        )
         self._counted: Tally[tuple[str, str]] = Tally()
 
     def exposition(
-        self, workers: Mapping[str, WorkerState], placements: Mapping[tuple[str, str], int]
+        self,
+        workers: Mapping[str, WorkerState],
+        placements: Mapping[tuple[str, str], int],
+        num_frontends: int,
     ) -> bytes:
         """Return everything in Prometheus' text format, with the cluster as it is now."""
         for (policy, kind), total in placements.items():
             self._placements.labels(policy, kind).inc(total - self._counted[policy, kind])
             self._counted[policy, kind] = total
+        self._frontends.set(num_frontends)
         alive = Tally((state.info.role, state.status) for state in workers.values())
         for role in Role:
             for status in _STATES:

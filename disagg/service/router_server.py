@@ -29,6 +29,7 @@ from disagg.routing.router import Router
 from disagg.routing.types import WorkerReport
 from disagg.rpc import cluster_server, listen
 from disagg.service import wire_router as wire
+from disagg.service.gathering import Gathering
 from disagg.service.router_metrics import RouterMetrics
 from disagg.tls import ClusterTLS
 from disagg.types import WorkerInfo
@@ -38,6 +39,8 @@ logger = logging.getLogger(__name__)
 
 Context = grpc.aio.ServicerContext[Any, Any]
 STOP_GRACE_S = 0.2
+# A front end answers from memory; one that does not is left out rather than waited for.
+GATHER_TIMEOUT_S = 1.0
 
 
 class _Peer:
@@ -50,6 +53,7 @@ class _Peer:
         self.want_snapshot = False
         self.ending = False
         self.superseded = asyncio.Event()
+        self.questions: list[router_pb2.ReportQuestion] = []
 
 
 class RouterServer(router_pb2_grpc.RouterServicer):
@@ -79,6 +83,7 @@ class RouterServer(router_pb2_grpc.RouterServicer):
         self._peers: set[_Peer] = set()
         # Front ends that placed without a stream, and since when.
         self._unattached: dict[str, float] = {}
+        self._gathering = Gathering()
         self._announced = 0
         self._server: grpc.aio.Server | None = None
         self._sweeper: asyncio.Task[None] | None = None
@@ -123,8 +128,21 @@ class RouterServer(router_pb2_grpc.RouterServicer):
         return wire.placement_to_proto(placement)
 
     async def Scrape(self, request: worker_pb2.ScrapeRequest, context: Context) -> worker_pb2.ScrapeResponse:
-        exposition = self._metrics.exposition(self.router.view.workers, self.router.counters)
+        exposition = self._metrics.exposition(
+            self.router.view.workers, self.router.counters, self.num_frontends
+        )
         return worker_pb2.ScrapeResponse(exposition=exposition)
+
+    async def Gather(self, request: router_pb2.GatherRequest, context: Context) -> router_pb2.GatherResponse:
+        others = {key: peer for key, peer in self._frontends.items() if key != request.frontend_id}
+        with self._gathering.begin(others) as answers:
+            for frontend_id, number in answers.numbers.items():
+                peer = others[frontend_id]
+                peer.questions.append(router_pb2.ReportQuestion(number=number, kind=request.kind))
+                peer.wake.set()
+            bodies = await answers.wait(GATHER_TIMEOUT_S)
+        reports = [router_pb2.ProcessReport(process=key, body=body) for key, body in bodies.items()]
+        return router_pb2.GatherResponse(reports=reports)
 
     # -- workers -------------------------------------------------------------------------------------
 
@@ -202,7 +220,7 @@ class RouterServer(router_pb2_grpc.RouterServicer):
                 context,
                 peer,
                 self._read(request_iterator, lambda message: self._on_events(peer, attached, message)),
-                self._cluster_view,
+                lambda: self._cluster_view(peer),
                 heartbeat_s=self._config.heartbeat_s,
             )
         finally:
@@ -223,6 +241,8 @@ class RouterServer(router_pb2_grpc.RouterServicer):
             raise InvalidRequestError("a stream belongs to one front end", param="frontend_id")
         if len(message.events) > wire.MAX_REQUEST_EVENTS:
             raise InvalidRequestError(f"at most {wire.MAX_REQUEST_EVENTS} events at once", param="events")
+        for answer in message.answers:
+            self._gathering.answer(attached[0], answer.number, answer.body)
         for event in message.events:
             if event.kind == router_pb2.RequestEvent.KIND_PREFILLED:
                 self.router.prefilled(event.request_id)
@@ -231,13 +251,15 @@ class RouterServer(router_pb2_grpc.RouterServicer):
             else:
                 raise InvalidRequestError("unknown kind of event", param="events.kind")
 
-    def _cluster_view(self) -> router_pb2.ClusterView:
+    def _cluster_view(self, peer: _Peer) -> router_pb2.ClusterView:
         view = self.router.view
+        questions, peer.questions = peer.questions, []
         return router_pb2.ClusterView(
             version=view.version,
             workers=[wire.state_to_proto(state) for state in view.workers.values()],
             router_pid=os.getpid(),
             router_incarnation=self.incarnation,
+            questions=questions,
         )
 
     # -- streams -------------------------------------------------------------------------------------

@@ -47,7 +47,10 @@ class PullResult(Protocol):
 
 
 class KVPublisher(Protocol):
-    """The side of a hand-off that computed the KV."""
+    """The side of a hand-off that computed the KV. num_expired: leases that ran out so far."""
+
+    @property
+    def num_expired(self) -> int: ...
 
     def publish(self, request_id: str, key: bytes, block_ids: Sequence[int], num_tokens: int) -> KVHandle:
         """Open a lease. The owner is told once, through its callback, when the blocks are free again."""
@@ -120,6 +123,7 @@ class _StepReport:
     held: dict[str, tuple[list[int], int]]
     reservations: list[Reservation]
     load: WorkerLoad
+    step_s: float | None
     stored: list[BlockHash]
     removed: list[BlockHash]
 
@@ -184,8 +188,9 @@ class Worker(worker_pb2_grpc.WorkerServicer):
             self._on_engine_thread()
             while self._apply_commands():
                 if self._engine.has_work():
-                    outputs = self._engine.step(self._clock())
-                    self._to_loop(self._after_step, self._step_report(outputs))
+                    started = self._clock()
+                    outputs = self._engine.step(started)
+                    self._to_loop(self._after_step, self._step_report(outputs, self._clock() - started))
         except BaseException as caught:
             # A step's own failure is handled by the engine; reaching this point is a defect, and a worker
             # whose engine is gone must not look healthy.
@@ -210,7 +215,7 @@ class Worker(worker_pb2_grpc.WorkerServicer):
             self._to_loop(self._after_step, self._step_report([]))
         return True
 
-    def _step_report(self, outputs: list[StepOutput]) -> _StepReport:
+    def _step_report(self, outputs: list[StepOutput], step_s: float | None = None) -> _StepReport:
         events = self._engine.block_events()
         held = {output.request_id: self._held_blocks(output.request_id) for output in outputs if output.held}
         return _StepReport(
@@ -218,6 +223,7 @@ class Worker(worker_pb2_grpc.WorkerServicer):
             held=held,
             reservations=self._engine.take_reservations(),
             load=self._engine.load(),
+            step_s=step_s,
             stored=list(events.stored),
             removed=list(events.removed),
         )
@@ -250,6 +256,8 @@ class Worker(worker_pb2_grpc.WorkerServicer):
             self._forward(output, report.held.get(output.request_id))
         self.load = report.load
         self._metrics.observe_engine(report.load, self._engine_counters())
+        if report.step_s is not None:
+            self._metrics.observe_step(report.step_s)
         self._reporter.report(self._status, report.load, stored=report.stored, removed=report.removed)
 
     def _engine_counters(self) -> tuple[int, int, int]:
@@ -367,6 +375,7 @@ class Worker(worker_pb2_grpc.WorkerServicer):
             num_computed = reservation.num_cached_tokens
             report.recomputed = True
             report.reason = error.type if isinstance(error, DisaggError) else "internal_error"
+            self._metrics.observe_failed_pull(report.reason)
         else:
             num_computed = handle.num_tokens
             report.transport, report.bytes = result.transport, result.num_bytes
@@ -421,6 +430,7 @@ class Worker(worker_pb2_grpc.WorkerServicer):
         return worker_pb2.ProbeResponse(ok=True, transport=transport)
 
     async def Scrape(self, request: worker_pb2.ScrapeRequest, context: Context) -> worker_pb2.ScrapeResponse:
+        self._metrics.observe_expired_leases(self._publisher.num_expired)
         return worker_pb2.ScrapeResponse(exposition=self._metrics.exposition())
 
 

@@ -45,6 +45,7 @@ class KVTransferService(worker_pb2_grpc.KVTransferServicer):
 
     chunk_bytes: size of a Pull's messages, rounded down to whole blocks. on_released: called once per
     published request, when its blocks may be used for something else. clock: seconds.
+    num_expired: leases that ran out so far.
     """
 
     def __init__(
@@ -62,6 +63,7 @@ class KVTransferService(worker_pb2_grpc.KVTransferServicer):
         tls: ClusterTLS | None = None,
     ) -> None:
         self._layout = layout
+        self.num_expired = 0
         self._segment = segment
         self._worker_id = worker_id
         self._incarnation = incarnation
@@ -131,6 +133,7 @@ class KVTransferService(worker_pb2_grpc.KVTransferServicer):
         self._timer = None
         for request_id in self._leases.sweep(self._clock()):
             logger.warning("request %s: its KV lease ran out", request_id)
+            self.num_expired += 1
             self._give_back(request_id)
         self._arm()
 

@@ -19,6 +19,92 @@ else:
 
 DESCRIPTOR: _descriptor.FileDescriptor
 
+class _ReportKind:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _ReportKindEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ReportKind.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    REPORT_KIND_UNSPECIFIED: _ReportKind.ValueType  # 0
+    REPORT_KIND_METRICS: _ReportKind.ValueType  # 1
+    """Prometheus text exposition."""
+    REPORT_KIND_HISTORY: _ReportKind.ValueType  # 2
+    """JSON: the last minutes, for the dashboard."""
+
+class ReportKind(_ReportKind, metaclass=_ReportKindEnumTypeWrapper): ...
+
+REPORT_KIND_UNSPECIFIED: ReportKind.ValueType  # 0
+REPORT_KIND_METRICS: ReportKind.ValueType  # 1
+"""Prometheus text exposition."""
+REPORT_KIND_HISTORY: ReportKind.ValueType  # 2
+"""JSON: the last minutes, for the dashboard."""
+Global___ReportKind: _TypeAlias = ReportKind  # noqa: Y015
+
+@_typing.final
+class GatherRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FRONTEND_ID_FIELD_NUMBER: _builtins.int
+    KIND_FIELD_NUMBER: _builtins.int
+    frontend_id: _builtins.str
+    """The front end that asks; it is not asked itself."""
+    kind: Global___ReportKind.ValueType
+    def __init__(
+        self,
+        *,
+        frontend_id: _builtins.str = ...,
+        kind: Global___ReportKind.ValueType = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["frontend_id", b"frontend_id", "kind", b"kind"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GatherRequest: _TypeAlias = GatherRequest  # noqa: Y015
+
+@_typing.final
+class GatherResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REPORTS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def reports(self) -> _containers.RepeatedCompositeFieldContainer[Global___ProcessReport]: ...
+    def __init__(
+        self,
+        *,
+        reports: _abc.Iterable[Global___ProcessReport] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["reports", b"reports"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GatherResponse: _TypeAlias = GatherResponse  # noqa: Y015
+
+@_typing.final
+class ProcessReport(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PROCESS_FIELD_NUMBER: _builtins.int
+    BODY_FIELD_NUMBER: _builtins.int
+    process: _builtins.str
+    body: _builtins.bytes
+    def __init__(
+        self,
+        *,
+        process: _builtins.str = ...,
+        body: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["body", b"body", "process", b"process"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ProcessReport: _TypeAlias = ProcessReport  # noqa: Y015
+
 @_typing.final
 class PlaceRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
@@ -321,25 +407,75 @@ class FrontendReport(_message.Message):
     FRONTEND_ID_FIELD_NUMBER: _builtins.int
     ADDRESS_FIELD_NUMBER: _builtins.int
     EVENTS_FIELD_NUMBER: _builtins.int
+    ANSWERS_FIELD_NUMBER: _builtins.int
     frontend_id: _builtins.str
     """Set on the first report. address: host:port of the front end's own scrape endpoint, if it has one."""
     address: _builtins.str
     @_builtins.property
     def events(self) -> _containers.RepeatedCompositeFieldContainer[Global___RequestEvent]: ...
+    @_builtins.property
+    def answers(self) -> _containers.RepeatedCompositeFieldContainer[Global___ReportAnswer]: ...
     def __init__(
         self,
         *,
         frontend_id: _builtins.str = ...,
         address: _builtins.str = ...,
         events: _abc.Iterable[Global___RequestEvent] | None = ...,
+        answers: _abc.Iterable[Global___ReportAnswer] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "events", b"events", "frontend_id", b"frontend_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "answers", b"answers", "events", b"events", "frontend_id", b"frontend_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___FrontendReport: _TypeAlias = FrontendReport  # noqa: Y015
+
+@_typing.final
+class ReportQuestion(_message.Message):
+    """The router's question to a front end, and the answer under the same number."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NUMBER_FIELD_NUMBER: _builtins.int
+    KIND_FIELD_NUMBER: _builtins.int
+    number: _builtins.int
+    kind: Global___ReportKind.ValueType
+    def __init__(
+        self,
+        *,
+        number: _builtins.int = ...,
+        kind: Global___ReportKind.ValueType = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["kind", b"kind", "number", b"number"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ReportQuestion: _TypeAlias = ReportQuestion  # noqa: Y015
+
+@_typing.final
+class ReportAnswer(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NUMBER_FIELD_NUMBER: _builtins.int
+    BODY_FIELD_NUMBER: _builtins.int
+    number: _builtins.int
+    body: _builtins.bytes
+    def __init__(
+        self,
+        *,
+        number: _builtins.int = ...,
+        body: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["body", b"body", "number", b"number"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ReportAnswer: _TypeAlias = ReportAnswer  # noqa: Y015
 
 @_typing.final
 class RequestEvent(_message.Message):
@@ -386,11 +522,14 @@ class ClusterView(_message.Message):
     WORKERS_FIELD_NUMBER: _builtins.int
     ROUTER_PID_FIELD_NUMBER: _builtins.int
     ROUTER_INCARNATION_FIELD_NUMBER: _builtins.int
+    QUESTIONS_FIELD_NUMBER: _builtins.int
     version: _builtins.int
     router_pid: _builtins.int
     router_incarnation: _builtins.str
     @_builtins.property
     def workers(self) -> _containers.RepeatedCompositeFieldContainer[Global___WorkerState]: ...
+    @_builtins.property
+    def questions(self) -> _containers.RepeatedCompositeFieldContainer[Global___ReportQuestion]: ...
     def __init__(
         self,
         *,
@@ -398,10 +537,11 @@ class ClusterView(_message.Message):
         workers: _abc.Iterable[Global___WorkerState] | None = ...,
         router_pid: _builtins.int = ...,
         router_incarnation: _builtins.str = ...,
+        questions: _abc.Iterable[Global___ReportQuestion] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["router_incarnation", b"router_incarnation", "router_pid", b"router_pid", "version", b"version", "workers", b"workers"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["questions", b"questions", "router_incarnation", b"router_incarnation", "router_pid", b"router_pid", "version", b"version", "workers", b"workers"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -56,6 +56,11 @@ class RouterStub:
                 request_serializer=disagg_dot_v1_dot_worker__pb2.ScrapeRequest.SerializeToString,
                 response_deserializer=disagg_dot_v1_dot_worker__pb2.ScrapeResponse.FromString,
                 _registered_method=True)
+        self.Gather = channel.unary_unary(
+                '/disagg.v1.Router/Gather',
+                request_serializer=disagg_dot_v1_dot_router__pb2.GatherRequest.SerializeToString,
+                response_deserializer=disagg_dot_v1_dot_router__pb2.GatherResponse.FromString,
+                _registered_method=True)
 
 
 class RouterServicer:
@@ -90,6 +95,13 @@ class RouterServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Gather(self, request, context):
+        """What every other front end counts: the router asks them over their Attach streams.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_RouterServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -112,6 +124,11 @@ def add_RouterServicer_to_server(servicer, server):
                     servicer.Scrape,
                     request_deserializer=disagg_dot_v1_dot_worker__pb2.ScrapeRequest.FromString,
                     response_serializer=disagg_dot_v1_dot_worker__pb2.ScrapeResponse.SerializeToString,
+            ),
+            'Gather': grpc.unary_unary_rpc_method_handler(
+                    servicer.Gather,
+                    request_deserializer=disagg_dot_v1_dot_router__pb2.GatherRequest.FromString,
+                    response_serializer=disagg_dot_v1_dot_router__pb2.GatherResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -223,6 +240,33 @@ class Router:
             '/disagg.v1.Router/Scrape',
             disagg_dot_v1_dot_worker__pb2.ScrapeRequest.SerializeToString,
             disagg_dot_v1_dot_worker__pb2.ScrapeResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Gather(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/disagg.v1.Router/Gather',
+            disagg_dot_v1_dot_router__pb2.GatherRequest.SerializeToString,
+            disagg_dot_v1_dot_router__pb2.GatherResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -43,6 +43,8 @@ class RouterStub:
     the charges of the front end's requests.
     """
     Scrape: _grpc.UnaryUnaryMultiCallable[_worker_pb2.ScrapeRequest, _worker_pb2.ScrapeResponse]
+    Gather: _grpc.UnaryUnaryMultiCallable[_router_pb2.GatherRequest, _router_pb2.GatherResponse]
+    """What every other front end counts: the router asks them over their Attach streams."""
 
 @_typing.type_check_only
 class RouterAsyncStub(RouterStub):
@@ -58,6 +60,8 @@ class RouterAsyncStub(RouterStub):
     the charges of the front end's requests.
     """
     Scrape: _aio.UnaryUnaryMultiCallable[_worker_pb2.ScrapeRequest, _worker_pb2.ScrapeResponse]  # type: ignore[assignment]
+    Gather: _aio.UnaryUnaryMultiCallable[_router_pb2.GatherRequest, _router_pb2.GatherResponse]  # type: ignore[assignment]
+    """What every other front end counts: the router asks them over their Attach streams."""
 
 class RouterServicer(metaclass=_abc_1.ABCMeta):
     """The global router. Tokens and KV never pass through it."""
@@ -94,5 +98,13 @@ class RouterServicer(metaclass=_abc_1.ABCMeta):
         request: _worker_pb2.ScrapeRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_worker_pb2.ScrapeResponse, _abc.Awaitable[_worker_pb2.ScrapeResponse]]: ...
+
+    @_abc_1.abstractmethod
+    def Gather(
+        self,
+        request: _router_pb2.GatherRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_router_pb2.GatherResponse, _abc.Awaitable[_router_pb2.GatherResponse]]:
+        """What every other front end counts: the router asks them over their Attach streams."""
 
 def add_RouterServicer_to_server(servicer: RouterServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

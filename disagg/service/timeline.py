@@ -1,0 +1,115 @@
+"""What became of one request and when, on the front end's clock; metrics, traces and answers read it.
+
+Workers report durations, never times of day, so the clocks of two hosts are never compared.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+
+
+@dataclass(slots=True)
+class Transfer:
+    """What the decode side told of a hand-off. reason: the error's type where the KV was recomputed."""
+
+    transport: str
+    num_bytes: int
+    exposed_s: float
+    recomputed: bool = False
+    reason: str = ""
+
+
+@dataclass(slots=True)
+class Attempt:
+    """One placement of a request and how it went. Times are on the timeline's clock.
+
+    asked, placed: when the router was asked and had answered. queued_s, prefill_s: as the prefill worker
+    counted them. handed_off: when the decode worker was given the request; kv_ready: when its word came that
+    it has the KV. lost: the worker whose loss ended the attempt.
+    """
+
+    asked: float
+    placed: float
+    prefill_worker: str
+    decode_worker: str
+    policy: str = ""
+    kind: str = ""
+    num_cached_tokens: int = 0
+    queued_s: float = 0.0
+    prefill_s: float = 0.0
+    first_output: float | None = None
+    handed_off: float | None = None
+    kv_ready: float | None = None
+    transfer: Transfer | None = None
+    ended: float | None = None
+    lost: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """A request's time in seconds. queue + prefill is the time to the first token; kv_transfer and
+    first_decode the gap to the second; queue + prefill + kv_transfer + decode all of it. first_decode is
+    None where there was no second token.
+    """
+
+    queue: float
+    prefill: float
+    kv_transfer: float
+    decode: float
+    first_decode: float | None
+
+    @property
+    def ttft(self) -> float:
+        return self.queue + self.prefill
+
+    @property
+    def e2e(self) -> float:
+        return self.ttft + self.kv_transfer + self.decode
+
+
+@dataclass(slots=True)
+class Timeline:
+    """One request from its arrival at the front end to its end, on time.monotonic.
+
+    traceparent: the client's W3C trace context, or "". outcome: set with `finished`, as in
+    disagg_requests_total.
+    """
+
+    arrived: float = field(default_factory=time.monotonic)
+    traceparent: str = ""
+    attempts: list[Attempt] = field(default_factory=list)
+    first_token: float | None = None
+    second_token: float | None = None
+    last_token: float | None = None
+    finished: float | None = None
+    num_output_tokens: int = 0
+    outcome: str = ""
+
+    @property
+    def current(self) -> Attempt:
+        """The attempt that runs, or ran last. Raises IndexError before the first placement."""
+        return self.attempts[-1]
+
+    def parts(self) -> Parts | None:
+        """Return where the time went, None while there is no first token or no end.
+
+        Clamped so that the parts add up to the whole even where a resume repeated one of them.
+        """
+        if self.first_token is None or self.finished is None:
+            return None
+        ttft, e2e = self.first_token - self.arrived, self.finished - self.arrived
+        producer = next(each for each in self.attempts if each.first_output is not None)
+        prefill = min(producer.prefill_s, ttft)
+        transfer = min(sum(map(_transfer_s, self.attempts)), e2e - ttft)
+        first_decode = None
+        if self.second_token is not None:
+            early = [each for each in self.attempts if each.placed <= self.second_token]
+            first_decode = max(0.0, self.second_token - self.first_token - sum(map(_transfer_s, early)))
+        return Parts(ttft - prefill, prefill, transfer, e2e - ttft - transfer, first_decode)
+
+
+def _transfer_s(attempt: Attempt) -> float:
+    if attempt.handed_off is None or attempt.kv_ready is None:
+        return 0.0
+    return attempt.kv_ready - attempt.handed_off
