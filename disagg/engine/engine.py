@@ -162,7 +162,7 @@ class Engine:
     def held_blocks(self, request_id: str) -> list[int]:
         """Return the blocks that cover the computed tokens of a request. Raises KeyError."""
         seq = self._sequences[request_id]
-        return seq.block_table[: -(-seq.num_computed_tokens // self._config.block_size)]
+        return seq.block_table[: -(-self.num_computed_tokens(request_id) // self._config.block_size)]
 
     def num_computed_tokens(self, request_id: str) -> int:
         """Return how many tokens of a request have their KV here. Raises KeyError."""
@@ -209,7 +209,7 @@ class Engine:
             return expired
         try:
             sampled = self._runner.execute(batch)
-            _check_result(batch, sampled)
+            check_result(batch, sampled)
         except Exception as error:
             logger.exception("a step of %d sequences failed", len(batch.items))
             return expired + self.fail(batch, f"{type(error).__name__}: {error}")
@@ -336,12 +336,17 @@ class Engine:
 
     def check_integrity(self) -> None:
         """Compare blocks, tables, hashes and queues with each other, in O(blocks). Raises AssertionError."""
+        for seq in self._sequences.values():
+            self._check_sequence(seq)
+        self._pool.check_integrity(self._block_owners())
+        self._check_queues()
+
+    def _block_owners(self) -> Counter[int]:
+        """Return how often each block is in use."""
         owners: Counter[int] = Counter()
         for seq in self._sequences.values():
             owners.update(seq.block_table)
-            self._check_sequence(seq)
-        self._pool.check_integrity(owners)
-        self._check_queues()
+        return owners
 
     def _check_sequence(self, seq: Sequence) -> None:
         size = self._config.block_size
@@ -398,7 +403,8 @@ def _error_output(seq: Sequence, error: str) -> StepOutput:
     return StepOutput(seq.request_id, (), finish_reason=FinishReason.ERROR, error=error)
 
 
-def _check_result(batch: Batch, sampled: SequenceOf[SampledToken | None]) -> None:
+def check_result(batch: Batch, sampled: SequenceOf[SampledToken | None]) -> None:
+    """Raise RuntimeError or ValueError unless there is a token for each item that samples and no other."""
     for item, token in zip(batch.items, sampled, strict=True):
         if item.samples is not (token is not None):
             raise RuntimeError(f"the runner's answer does not fit the batch at {item.seq.request_id}")

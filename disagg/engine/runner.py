@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from disagg.engine.sequence import Sequence
 from disagg.types import Request, SampledToken
+
+# Stands for a token that a submitted batch draws and that the host does not know yet.
+PLACEHOLDER = -1
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,5 +47,26 @@ class Runner(Protocol):
         """Return one entry per item of the batch, None where `item.samples` is false.
 
         Must not change any Sequence besides its runner_state.
+        """
+        ...
+
+
+class PendingStep(Protocol):
+    """A batch that was submitted and may still be computed."""
+
+    def result(self) -> list[SampledToken | None]:
+        """Wait for the device and return what Runner.execute would; call it once."""
+        ...
+
+
+@runtime_checkable
+class AsyncRunner(Runner, Protocol):
+    """A Runner that computes in the background, batches in the order in which they were submitted."""
+
+    def submit(self, batch: Batch) -> PendingStep:
+        """Start a batch and return while it is computed.
+
+        A sequence's last token may be a PLACEHOLDER: what the batch submitted just before draws for it.
+        Must not read or change a Sequence after it returned, besides its runner_state.
         """
         ...

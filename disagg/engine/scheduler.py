@@ -184,7 +184,9 @@ class Scheduler:
         decodes: list[Sequence] = []
         prefills: list[Sequence] = []
         for seq in self.running:
-            (decodes if seq.num_uncomputed_tokens == 1 else prefills).append(seq)
+            # Nothing is left of one whose last tokens are being computed, see overlap.py.
+            if seq.num_uncomputed_tokens > 0:
+                (decodes if seq.num_uncomputed_tokens == 1 else prefills).append(seq)
         shares = {seq: 1 for seq in decodes if seq.status is SequenceStatus.RUNNING and self._grow(seq)}
         budget = self._token_budget - len(shares)
         if shares:
