@@ -40,7 +40,14 @@ def _gumbel(key, token):
 
 @triton.jit
 def _best_token_kernel(
-    logits_ptr, temperatures_ptr, keys_ptr, best_ptr, vocab_size, logits_stride, WIDTH: tl.constexpr
+    logits_ptr,
+    temperatures_ptr,
+    keys_ptr,
+    thresholds_ptr,
+    best_ptr,
+    vocab_size,
+    logits_stride,
+    WIDTH: tl.constexpr,
 ):
     part = tl.program_id(0)
     row = tl.program_id(1).to(tl.int64)
@@ -50,17 +57,22 @@ def _best_token_kernel(
     temperature = tl.load(temperatures_ptr + row)
     if temperature > 0.0:
         key = tl.load(keys_ptr + row)
-        scores = tl.div_rn(scores, temperature) + _gumbel(key, token.to(tl.int64))
+        scaled = tl.div_rn(scores, temperature)
+        eligible = scaled >= tl.load(thresholds_ptr + row)
+        scores = tl.where(eligible, scaled + _gumbel(key, token.to(tl.int64)), float("-inf"))
         # Padding has noise too, but nothing is added to -inf.
     best = part * WIDTH + tl.argmax(scores, 0, tie_break_left=True)
     tl.store(best_ptr + row * tl.num_programs(0) + part, best.to(tl.int64))
 
 
-def sample(logits: Tensor, temperatures: Tensor, keys: Tensor) -> Tensor:
+def sample(
+    logits: Tensor, temperatures: Tensor, keys: Tensor, thresholds: Tensor | None = None
+) -> Tensor:
     """Return the drawn token ids, int64 [S], of float32 logits [S, V], which stay as they are.
 
     temperatures: float32 [S]; 0 takes the largest logit. keys: int64 [S], disagg.model.noise.noise_key of
-    each row's (seed, position). Filters (top_k, top_p, min_p) are logits of -inf, set before.
+    each row's (seed, position). thresholds: float32 [S], the least logit / temperature that may be drawn
+    (kernels.eligibility); None for all.
     All tensors lie on one device and nothing waits for it.
 
     Raises ConfigError naming an argument whose shape or dtype does not fit.
@@ -72,22 +84,37 @@ def sample(logits: Tensor, temperatures: Tensor, keys: Tensor) -> Tensor:
     require(keys.dtype is torch.int64, f"has dtype {keys.dtype}", param="keys")
     fits = temperatures.shape == (num_rows,) and temperatures.dtype is torch.float32
     require(fits and temperatures.is_contiguous(), "is not float32 of one a row", param="temperatures")
+    if thresholds is None:
+        thresholds = torch.full_like(temperatures, -torch.inf)
+    fits = thresholds.shape == (num_rows,) and thresholds.dtype is torch.float32
+    require(fits and thresholds.is_contiguous(), "is not float32 of one a row", param="thresholds")
     width = tiling.sample_width(vocab_size)
     parts = ceil_div(vocab_size, width)
     best = torch.empty(num_rows, parts, dtype=torch.int64, device=logits.device)
     if num_rows == 0:
         return best.sum(-1)
     _best_token_kernel[(parts, num_rows)](
-        logits, temperatures, keys, best, vocab_size, logits.stride(0), WIDTH=width, num_warps=8
+        logits,
+        temperatures,
+        keys,
+        thresholds,
+        best,
+        vocab_size,
+        logits.stride(0),
+        WIDTH=width,
+        num_warps=8,
     )
-    return _choose(logits, temperatures, keys, best)
+    return _choose(logits, temperatures, keys, thresholds, best)
 
 
-def _choose(logits: Tensor, temperatures: Tensor, keys: Tensor, best: Tensor) -> Tensor:
+def _choose(
+    logits: Tensor, temperatures: Tensor, keys: Tensor, thresholds: Tensor, best: Tensor
+) -> Tensor:
     """Return of each row's candidates [S, parts] the one that the reference's arithmetic scores highest."""
     scores = logits.gather(1, best)
     drawn = temperatures[:, None] > 0
-    divisor = torch.where(drawn, temperatures[:, None], 1.0)
-    noise = torch.where(drawn, gumbel(keys[:, None], best), 0.0)
-    winner = (scores / divisor + noise).argmax(-1, keepdim=True)
+    scaled = scores / torch.where(drawn, temperatures[:, None], 1.0)
+    # A part may hold no eligible token; its candidate is then none either.
+    noisy = torch.where(scaled >= thresholds[:, None], scaled + gumbel(keys[:, None], best), -torch.inf)
+    winner = torch.where(drawn, noisy, scores).argmax(-1, keepdim=True)
     return best.gather(1, winner)[:, 0]

@@ -18,6 +18,7 @@ from triton.runtime import driver, jit
 from disagg.model.kernels.block_copy import gather_blocks, scatter_blocks
 from disagg.model.kernels.common import FP8_DTYPE
 from disagg.model.kernels.decode_attention import decode_attention
+from disagg.model.kernels.eligibility import eligibility_threshold
 from disagg.model.kernels.kv_store import store_kv
 from disagg.model.kernels.prefill_attention import prefill_attention
 from disagg.model.kernels.rms_norm import add_rms_norm
@@ -95,6 +96,9 @@ def elementwise() -> None:
     q, table = x.view(SEQS, 32, 128), torch.zeros(64, 64)
     apply_rope_(q, q[:, :8], table, table, positions)
     temperatures = torch.ones(SEQS)
+    eligibility_threshold(
+        torch.zeros(SEQS, 128256), temperatures, temperatures, positions, temperatures.double()
+    )
     # What torch then reads are ids that no kernel wrote.
     with contextlib.suppress(RuntimeError):
         sample(torch.zeros(SEQS, 128256), temperatures, positions)
