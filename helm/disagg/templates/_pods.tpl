@@ -246,6 +246,9 @@ spec:
         {{- if and $v.apiKey.enabled (eq .component "frontend") }}
         - {name: api-key, mountPath: /etc/disagg/secrets, readOnly: true}
         {{- end }}
+        {{- if $v.tls.enabled }}
+        - {name: tls, mountPath: /etc/disagg/tls, readOnly: true}
+        {{- end }}
         {{- if $needsModel }}
         - {name: models, mountPath: {{ $v.model.cache.mountPath }}, readOnly: true}
         {{- end }}
@@ -262,6 +265,12 @@ spec:
         secretName: {{ include "disagg.apiKeySecret" $root }}
         defaultMode: 0440
         items: [{key: {{ $v.apiKey.key }}, path: api-key}]
+    {{- end }}
+    {{- if $v.tls.enabled }}
+    - name: tls
+      secret:
+        secretName: {{ $v.tls.existingSecret }}
+        defaultMode: 0440
     {{- end }}
     {{- if $needsModel }}
     - name: models

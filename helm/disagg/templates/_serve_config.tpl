@@ -66,6 +66,14 @@ transfer:
   kv_transport: {{ $v.transfer.kvTransport }}
   lease_s: {{ $v.transfer.leaseSeconds }}
   pull_timeout_s: {{ $v.transfer.pullTimeoutSeconds }}
+{{- if $v.tls.enabled }}
+tls:
+  certificate: /etc/disagg/tls/tls.crt
+  key: /etc/disagg/tls/tls.key
+  ca: /etc/disagg/tls/ca.crt
+  mutual: {{ $v.tls.mutual }}
+  server_name: {{ $v.tls.serverName | quote }}
+{{- end }}
 prefill:
   {{- include "disagg.poolConfig" (dict "name" "prefill" "pool" $v.prefill) | nindent 2 }}
 decode:

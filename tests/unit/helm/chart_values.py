@@ -51,6 +51,7 @@ VARIED: dict[str, dict[str, Any]] = {
     "engine": {"engine": {"blockSize": 32, "maxNumSeqs": 256, "kvCacheMemory": 0.85, "kernels": "torch"}},
     "a large cache in bytes": {"engine": {"kvCacheMemory": 137438953472, "enablePrefixCaching": False}},
     "transfer": {"transfer": {"kvTransport": "grpc", "leaseSeconds": 2.5, "pullTimeoutSeconds": 30}},
+    "tls": {"tls": {"enabled": True, "existingSecret": "disagg-tls"}},
     "many workers": {"prefill": {"replicas": 4}, "decode": {"replicas": 8}},
     "replica bounds": {"prefill": {"replicas": 2, "minReplicas": 0, "maxReplicas": 9}},
     "gpus": {"prefill": {"gpu": _GPU}, "decode": {"gpu": {"enabled": True, "resourceName": "amd.com/gpu"}}},
@@ -248,6 +249,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
         {"transfer": {"leaseSeconds": 0}},
         "transfer.leaseSeconds: Must be greater than 0",
     ),
+    "tls without certificates": ({"tls": {"enabled": True}}, "tls.existingSecret: String length must be"),
     "unknown policy": ({"router": {"policy": "random"}}, "router.policy must be one of"),
     "dead before late": (
         {"router": {"heartbeatSeconds": 5}},

@@ -280,6 +280,15 @@ def test_the_model_is_writable_for_the_download_only() -> None:
             assert mounts["models"]["readOnly"] is True
 
 
+def test_every_process_of_ours_has_the_certificates() -> None:
+    objects = render(VARIED["tls"])
+    tls = parse_config(serve_config(objects)["applications"][0]["args"]).tls
+    assert tls is not None and tls.mutual and tls.server_name == "disagg"
+    for name, template in pod_templates(objects).items():
+        mounts = {mount["name"]: mount for mount in template["spec"]["containers"][0]["volumeMounts"]}
+        assert tls.certificate.startswith(mounts["tls"]["mountPath"] + "/"), name
+
+
 def test_a_claim_of_the_chart_outlives_the_release() -> None:
     claim = the(render(VARIED["model from the hub"]), "PersistentVolumeClaim")
     assert claim["metadata"]["annotations"] == {"helm.sh/resource-policy": "keep"}
