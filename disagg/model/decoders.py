@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import logging
 import os
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -13,6 +13,7 @@ from torch import Tensor
 from disagg.config import EngineConfig, Quantization
 from disagg.errors import ConfigError
 from disagg.model.config import ModelSpec
+from disagg.model.decode_graphs import Capture
 from disagg.model.kv_cache import KVCache
 from disagg.model.native.decoder import NativeDecoder
 from disagg.model.native.library import KernelsUnavailableError
@@ -33,6 +34,21 @@ class Decoder(Protocol):
 
     def forward(self, step: StepInput, cache: KVCache) -> Tensor:
         """Return float32 logits [S, vocab_size] of step.sample_rows; writes all tokens' KV."""
+        ...
+
+
+@runtime_checkable
+class BackgroundDecoder(Decoder, Protocol):
+    """A Decoder whose `forward` returns while the device computes.
+
+    drawn: int64 [n] on the device; a token id of -1 - row in a step means drawn[row], so that a step can go
+    on from tokens that the host does not know yet.
+    """
+
+    drawn: Tensor
+
+    def capture(self, cache: KVCache, max_model_len: int, capture: Capture | None = None) -> None:
+        """Capture graphs of decode steps over `cache`, with `capture`, or CUDA's where None."""
         ...
 
 
@@ -92,7 +108,12 @@ def _triton(model: Transformer, cache: KVCache, config: EngineConfig, max_model_
     # Only here: importing the kernels imports triton.
     from disagg.model.triton_decoder import TritonDecoder
 
-    decoder = TritonDecoder(model, cache, max_model_len=max_model_len, max_num_seqs=config.max_num_seqs)
+    decoder = TritonDecoder(
+        model,
+        block_size=cache.block_size,
+        max_model_len=max_model_len,
+        max_num_seqs=min(config.max_num_seqs, config.max_num_batched_tokens),
+    )
     log.info("computing with Triton kernels on %s", model.embed_tokens.device)
     return decoder
 

@@ -23,6 +23,12 @@ SORTED_PREFIX = 1024
 WIDEN = 8
 
 
+def to_device(values: SequenceOf[float], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return a vector of the values; the host does not wait for the copy."""
+    host = torch.tensor(values, dtype=dtype, pin_memory=device.type == "cuda")
+    return host.to(device, non_blocking=True)
+
+
 class PenaltyState:
     """Which tokens a sequence holds, as tensors over the vocabulary that grow with it.
 
@@ -34,12 +40,18 @@ class PenaltyState:
         self.counts = torch.zeros(vocab_size, dtype=torch.float32, device=device)
         self._num_counted = 0
 
-    def update(self, seq: Sequence) -> None:
-        """Take in the tokens since the last call."""
+    def update(self, seq: Sequence, latest: Tensor | None = None) -> None:
+        """Take in the tokens since the last call.
+
+        latest: int64 [1], the last token where only the device knows it yet.
+        """
         start = self._num_counted
-        new = torch.tensor(seq.token_ids[start:], dtype=torch.int64, device=self.seen.device)
+        known = seq.token_ids[start:] if latest is None else seq.token_ids[start:-1]
+        new = to_device(known, torch.int64, self.seen.device)
+        if latest is not None:
+            new = torch.cat([new, latest])
         output = new[max(seq.num_prompt_tokens - start, 0) :]
-        self.seen[new] = True
+        self.seen.index_fill_(0, new, True)
         self.counts.index_add_(0, output, torch.ones_like(output, dtype=torch.float32))
         self._num_counted = seq.num_tokens
 
@@ -68,14 +80,14 @@ class SamplingState:
     bias: tuple[Tensor, Tensor] | None
     penalties: PenaltyState | None
 
-    def adjust_(self, logits: Tensor, seq: Sequence) -> None:
-        """Change the logits [V] of the sequence's next token in place."""
+    def adjust_(self, logits: Tensor, seq: Sequence, latest: Tensor | None = None) -> None:
+        """Change the logits [V] of the sequence's next token in place. latest: see PenaltyState.update."""
         if self.blocked is not None and seq.num_output_tokens < seq.params.min_tokens:
-            logits[self.blocked] = -math.inf
+            logits.index_fill_(0, self.blocked, -math.inf)
         if self.bias is not None:
             logits.index_add_(0, *self.bias)
         if self.penalties is not None:
-            self.penalties.update(seq)
+            self.penalties.update(seq, latest)
             self.penalties.apply_(logits, seq.params)
 
     @property
@@ -110,15 +122,15 @@ def _blocked(
     if not params.min_tokens:
         return None
     ids = {token for token in (*eos_token_ids, *params.stop_token_ids) if token < vocab_size}
-    return torch.tensor(sorted(ids), dtype=torch.int64, device=device) if ids else None
+    return to_device(sorted(ids), torch.int64, device) if ids else None
 
 
 def _bias(params: SamplingParams, vocab_size: int, device: torch.device) -> tuple[Tensor, Tensor] | None:
     bias = {token: value for token, value in params.logit_bias.items() if 0 <= token < vocab_size}
     if not bias:
         return None
-    ids = torch.tensor(list(bias), dtype=torch.int64, device=device)
-    return ids, torch.tensor(list(bias.values()), dtype=torch.float32, device=device)
+    ids = to_device(list(bias), torch.int64, device)
+    return ids, to_device(list(bias.values()), torch.float32, device)
 
 
 def eligibility_threshold(logits: Tensor, params: SequenceOf[SamplingParams]) -> Tensor:

@@ -12,7 +12,8 @@ from disagg.config import EngineConfig, Quantization
 from disagg.engine.runner import Batch
 from disagg.errors import ConfigError, InvalidRequestError
 from disagg.model.config import DTYPES, ModelSpec, read_spec
-from disagg.model.decoders import Decoder, choose_decoder
+from disagg.model.decode_graphs import Capture
+from disagg.model.decoders import BackgroundDecoder, Decoder, choose_decoder
 from disagg.model.kv_cache import Buffer, KVCache, layout, num_blocks_for
 from disagg.model.sampler import Sampler
 from disagg.model.step import step_input
@@ -118,14 +119,25 @@ def plan_cache(
     checkpoint's fingerprint, computed where None. Raises ConfigError.
     """
     identity = fingerprint(spec.folder) if model is None else model
-    cache_layout = layout(
+    cache_layout = _cache_layout(spec, engine_config, identity, dtype, quantization, device)
+    return cache_layout, num_blocks_for(engine_config, cache_layout.block_bytes)
+
+
+def _cache_layout(
+    spec: ModelSpec,
+    engine_config: EngineConfig,
+    identity: str,
+    dtype: str,
+    quantization: Quantization | None,
+    device: torch.device | str,
+) -> KVLayout:
+    return layout(
         spec,
         # Rounded weights give other keys and values: their blocks must not be mixed.
         model=identity if quantization is None else f"{identity}-{quantization}",
         dtype=resolve_dtype(dtype, spec, device),
         block_size=engine_config.block_size,
     )
-    return cache_layout, num_blocks_for(engine_config, cache_layout.block_bytes)
 
 
 def load_runner(
@@ -152,11 +164,17 @@ def load_runner(
     if num_threads is not None:
         torch.set_num_threads(num_threads)
     spec = read_spec(folder)
+    if torch.device(device).type == "cuda" and buffer is None:
+        if num_blocks is not None:
+            engine_config = engine_config.model_copy(update={"num_kv_blocks": num_blocks})
+        return _load_on_device(
+            spec, engine_config, dtype, quantization, max_model_len=max_model_len, device=torch.device(device)
+        )
     cache_layout, planned = plan_cache(
         spec, engine_config, dtype=dtype, quantization=quantization, device=device
     )
     num_blocks = planned if num_blocks is None else num_blocks
-    limit = _model_len(spec, max_model_len, (num_blocks - 1) * cache_layout.block_size)
+    limit = model_len(spec, max_model_len, (num_blocks - 1) * cache_layout.block_size)
     kv_cache = KVCache(cache_layout, num_blocks, buffer=buffer, device=device)
     with torch.inference_mode():
         model = Transformer(spec, dtype=kv_cache.dtype, device=torch.device(device))
@@ -164,10 +182,48 @@ def load_runner(
         decoder = choose_decoder(
             model, kv_cache, engine_config, max_model_len=limit, quantization=quantization
         )
-    return ModelRunner(decoder, kv_cache, limit)
+    return runner_over(decoder, kv_cache, limit)
 
 
-def _model_len(spec: ModelSpec, max_model_len: int | None, capacity: int) -> int:
+def runner_over(
+    decoder: Decoder, kv_cache: KVCache, max_model_len: int, *, capture: Capture | None = None
+) -> ModelRunner:
+    """Return the runner of a decoder: one that computes in the background where the decoder can.
+
+    capture: see DeviceRunner.
+    """
+    if not isinstance(decoder, BackgroundDecoder):
+        return ModelRunner(decoder, kv_cache, max_model_len)
+    # Only here: it imports triton.
+    from disagg.model.device_runner import DeviceRunner
+
+    return DeviceRunner(decoder, kv_cache, max_model_len, capture=capture)
+
+
+def _load_on_device(
+    spec: ModelSpec,
+    engine_config: EngineConfig,
+    dtype: str,
+    quantization: Quantization | None,
+    *,
+    max_model_len: int | None,
+    device: torch.device,
+) -> ModelRunner:
+    # Only here: it imports this module.
+    from disagg.model.device_loading import runner_on_device
+
+    identity = fingerprint(spec.folder)
+    cache_layout = _cache_layout(spec, engine_config, identity, dtype, quantization, device)
+    with torch.inference_mode():
+        model = Transformer(spec, dtype=getattr(torch, cache_layout.dtype), device=device)
+        model.load()
+    return runner_on_device(
+        model, engine_config, cache_layout, quantization=quantization, max_model_len=max_model_len
+    )
+
+
+def model_len(spec: ModelSpec, max_model_len: int | None, capacity: int) -> int:
+    """Return the longest sequence of a model over `capacity` tokens of KV cache. Raises ConfigError."""
     limit = spec.limit_model_len(max_model_len)
     if max_model_len is not None and limit > capacity:
         raise ConfigError(

@@ -97,19 +97,22 @@ def _draw_above(logits: Tensor, threshold: Tensor, keys: Tensor) -> Tensor:
 
 def _report(logprobs: Tensor, drawn: Tensor, counts: list[int]) -> list[TokenLogprobs]:
     """Describe the drawn tokens [R] by log-probabilities [R, V], with counts[r] most likely ones each."""
+    return reports(measures(logprobs, drawn, max(counts)), counts)
+
+
+def measures(logprobs: Tensor, drawn: Tensor, count: int) -> list[Tensor]:
+    """Return what a report is made of: the drawn tokens [R], their log-probabilities and ranks [R], the most
+    likely ids and their log-probabilities [R, count].
+    """
     chosen = logprobs.gather(1, drawn[:, None])
-    ranks = (logprobs > chosen).sum(-1).add_(1).tolist()
-    width = min(max(counts), logprobs.shape[1])
-    top = logprobs.topk(width, dim=-1)
-    rows = zip(
-        drawn.tolist(),
-        chosen[:, 0].tolist(),
-        ranks,
-        top.indices.tolist(),
-        top.values.tolist(),
-        counts,
-        strict=True,
-    )
+    ranks = (logprobs > chosen).sum(-1).add_(1)
+    top = logprobs.topk(min(count, logprobs.shape[1]), dim=-1)
+    return [drawn, chosen[:, 0], ranks, top.indices, top.values]
+
+
+def reports(measured: SequenceOf[Tensor], counts: list[int]) -> list[TokenLogprobs]:
+    """Return a report per row of `measures`, with counts[r] most likely tokens each."""
+    rows = zip(*(part.tolist() for part in measured), counts, strict=True)
     return [
         TokenLogprobs(token, logprob, rank, tuple(zip(ids[:count], values[:count], strict=True)))
         for token, logprob, rank, ids, values, count in rows

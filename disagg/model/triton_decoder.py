@@ -2,16 +2,17 @@
 
 A step whose chunks are all single tokens replays a CUDA graph, captured for a ladder of batch sizes; other
 steps launch kernel by kernel, which their matrix products hide. Everything a step needs goes to the device
-in one copy, and nothing waits for the device before the tokens are read.
+in one copy, and nothing here waits for the device.
 
     StepInput ──one copy──► _DeviceBatch ──graph or eager──► logits on the device
+                                  ▲
+    token ids below zero: ──── drawn, the tokens of the step before, which the host need not know yet
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -19,6 +20,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from disagg.errors import ConfigError
+from disagg.model.decode_graphs import (
+    Capture,
+    CudaCapture,
+    DecodeGraphs,
+    DecodeInputs,
+    padded_tables,
+)
+from disagg.model.host_memory import upload
 from disagg.model.kernels.common import num_processors
 from disagg.model.kernels.decode_attention import decode_attention, workspace_elements
 from disagg.model.kernels.kv_store import store_kv
@@ -28,12 +37,8 @@ from disagg.model.kernels.rope import apply_rope_
 from disagg.model.kernels.swiglu import swiglu
 from disagg.model.kernels.tiling import check_head_dim, padded
 from disagg.model.kv_cache import KVCache
-from disagg.model.step import Int64, StepInput
+from disagg.model.step import StepInput
 from disagg.model.transformer import DecoderLayer, Transformer
-
-# Batches up to 8 have a graph each power of two; from there each multiple of 8, where padding costs less
-# than a tenth of a step.
-GRAPH_STEP = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,25 +63,28 @@ class _DeviceBatch:
 class TritonDecoder:
     """A decoder on `model`'s device with the weights of `model`.
 
-    max_model_len: longest sequence; max_num_seqs: sequences of a step at most. Raises ConfigError where the
-    kernels can't take the model's head dimension or the cache's block size.
+    block_size: of the cache. max_model_len: longest sequence; max_num_seqs: sequences of a step at most.
+    drawn: int64 [max_num_seqs] on the device; a token id of -1 - row in a step means drawn[row].
+    Raises ConfigError where the kernels can't take the model's head dimension or the block size.
     """
 
     own_threads = False
 
-    def __init__(self, model: Transformer, cache: KVCache, *, max_model_len: int, max_num_seqs: int) -> None:
+    def __init__(self, model: Transformer, *, block_size: int, max_model_len: int, max_num_seqs: int) -> None:
         spec = model.spec
         check_head_dim(spec.head_dim)
-        if cache.block_size != padded(cache.block_size):
+        if block_size != padded(block_size):
             raise ConfigError(
-                f"block_size must be a power of two for the Triton kernels, got {cache.block_size}",
+                f"block_size must be a power of two for the Triton kernels, got {block_size}",
                 param="block_size",
             )
         self.spec = spec
         self._model = model
         self._device = model.embed_tokens.device
         self._scale = 1.0 / math.sqrt(spec.head_dim)
-        self._max_context = max_model_len
+        self._max_model_len = max_model_len
+        self.max_num_seqs = max_num_seqs
+        self.drawn = torch.zeros(max_num_seqs, dtype=torch.int64, device=self._device)
         positions = torch.arange(max_model_len, device=self._device)
         cos, sin = model.rotary.tables(positions)
         self._cos, self._sin = cos.contiguous(), sin.contiguous()
@@ -93,19 +101,38 @@ class TritonDecoder:
             device=self._device,
         )
         self._graphs: DecodeGraphs | None = None
-        if self._device.type == "cuda":
-            self._graphs = DecodeGraphs(self, cache, max_num_seqs=max_num_seqs, max_model_len=max_model_len)
+
+    def capture(self, cache: KVCache, max_model_len: int, capture: Capture | None = None) -> None:
+        """Capture graphs of decode steps over `cache`, the one that `forward` is called with from then on.
+
+        max_model_len: at most the one that the decoder was made for. capture: makes a graph of a computation;
+        where None, CUDA's.
+        """
+        self._max_model_len = max_model_len
+        weight = self._model.embed_tokens
+        self._graphs = DecodeGraphs(
+            lambda inputs: self._decode(inputs, cache),
+            CudaCapture() if capture is None else capture,
+            largest=self.max_num_seqs,
+            width=-(-max_model_len // cache.block_size),
+            block_size=cache.block_size,
+            hidden=torch.zeros(
+                self.max_num_seqs, self.spec.hidden_size, dtype=weight.dtype, device=self._device
+            ),
+        )
 
     def forward(self, step: StepInput, cache: KVCache) -> Tensor:
         """Return float32 logits [S, vocab_size] of step.sample_rows; writes all tokens' KV."""
-        if self._graphs is not None and self._graphs.take(step):
-            return self._graphs.replay(step)
-        batch = self.upload(step, cache.block_size)
-        rows = torch.from_numpy(step.sample_rows).to(self._device, non_blocking=True)
-        return self.logits(self.hidden(batch, cache)[rows])
+        if self._graphs is not None and self._graphs.hold(step):
+            return self._logits(self._graphs.replay(step))
+        batch, rows = self._upload(step, cache.block_size)
+        return self._logits(self._hidden(batch, cache).index_select(0, rows))
 
-    def upload(self, step: StepInput, block_size: int) -> _DeviceBatch:
-        """Bring a step to the device in one copy."""
+    def _logits(self, hidden: Tensor) -> Tensor:
+        return self._model.lm_head(hidden).float()
+
+    def _upload(self, step: StepInput, block_size: int) -> tuple[_DeviceBatch, Tensor]:
+        """Bring a step to the device in one copy; return it and its sample_rows."""
         lengths = np.diff(step.query_start)
         num_decodes = int(np.argmin(np.append(lengths == 1, False)))
         last = step.query_start[1:] - 1
@@ -113,28 +140,48 @@ class TritonDecoder:
         tables = padded_tables(step, int(np.diff(step.table_start).max()))
         slots = step.block_ids(block_size) * block_size + step.positions % block_size
         starts = step.query_start[num_decodes:] - num_decodes
-        parts = [step.token_ids, step.positions, slots, context_lens, starts, tables.reshape(-1)]
-        host = torch.from_numpy(np.concatenate([part.astype(np.int64) for part in parts]))
-        if self._device.type == "cuda":
-            host = host.pin_memory()
-        pieces = torch.split(host.to(self._device, non_blocking=True), [len(part) for part in parts])
+        pieces = upload(
+            [step.token_ids, step.positions, slots, context_lens, starts, step.sample_rows, tables],
+            self._device,
+        )
         rest = lengths[num_decodes:]
-        return _DeviceBatch(
+        batch = _DeviceBatch(
             token_ids=pieces[0],
             positions=pieces[1],
             slots=pieces[2],
             context_lens=pieces[3],
             query_starts=pieces[4],
-            tables=pieces[5].view(tables.shape),
+            tables=pieces[6].view(tables.shape),
             num_decodes=num_decodes,
             max_query_len=int(rest.max()) if len(rest) else 0,
             max_context=int(context_lens.max()),
         )
+        return batch, pieces[5]
 
-    def hidden(self, batch: _DeviceBatch, cache: KVCache) -> Tensor:
+    def _decode(self, inputs: DecodeInputs, cache: KVCache) -> Tensor:
+        batch = _DeviceBatch(
+            token_ids=inputs.token_ids,
+            positions=inputs.positions,
+            slots=inputs.slots,
+            tables=inputs.tables,
+            context_lens=inputs.context_lens,
+            query_starts=inputs.context_lens,
+            num_decodes=len(inputs.token_ids),
+            max_query_len=0,
+            # The same graph serves every context.
+            max_context=self._max_model_len,
+        )
+        return self._hidden(batch, cache)
+
+    def _token_ids(self, given: Tensor) -> Tensor:
+        """Put the tokens that the step before drew in the places that ask for them."""
+        drawn = self.drawn.index_select(0, (-1 - given).clamp_(min=0))
+        return torch.where(given < 0, drawn, given)
+
+    def _hidden(self, batch: _DeviceBatch, cache: KVCache) -> Tensor:
         """Return the normed last hidden states [T, hidden_size]; writes all tokens' KV."""
         layers, eps = self._model.layers, self.spec.rms_norm_eps
-        residual = F.embedding(batch.token_ids, self._model.embed_tokens)
+        residual = F.embedding(self._token_ids(batch.token_ids), self._model.embed_tokens)
         x = add_rms_norm(residual, None, layers[0].input_norm.weight, eps)
         following = [layer.input_norm for layer in layers[1:]] + [self._model.norm]
         for layer, norm in zip(layers, following, strict=True):
@@ -142,10 +189,6 @@ class TritonDecoder:
             x = add_rms_norm(mixed, residual, layer.mlp_norm.weight, eps)
             x = add_rms_norm(layer.down_proj(swiglu(layer.gate_up_proj(x))), residual, norm.weight, eps)
         return x
-
-    def logits(self, hidden: Tensor) -> Tensor:
-        """Return float32 logits [S, vocab_size] of hidden states [S, hidden_size]."""
-        return self._model.lm_head(hidden).float()
 
     def _attention(self, layer: DecoderLayer, x: Tensor, batch: _DeviceBatch, cache: KVCache) -> Tensor:
         heads, kv_heads, dim = self.spec.num_heads, self.spec.num_kv_heads, self.spec.head_dim
@@ -183,92 +226,3 @@ class TritonDecoder:
                 out=out[first:],
             )
         return out.view(x.shape[0], heads * dim)
-
-
-class DecodeGraphs:
-    """CUDA graphs of decode steps for a ladder of batch sizes, over buffers of their own.
-
-    A batch takes the next larger graph; rows that fill it up store nothing and attend to nothing.
-    """
-
-    def __init__(
-        self, decoder: TritonDecoder, cache: KVCache, *, max_num_seqs: int, max_model_len: int
-    ) -> None:
-        self._decoder = decoder
-        self._block_size = cache.block_size
-        self._width = -(-max_model_len // cache.block_size)
-        self._largest = max_num_seqs
-        device = cache.blocks.device
-        self._columns = 4 + self._width
-        self._device = torch.zeros(max_num_seqs * self._columns, dtype=torch.int64, device=device)
-        self._host = torch.zeros(max_num_seqs * self._columns, dtype=torch.int64).pin_memory()
-        self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
-        pool = None
-        # Largest first: the smaller ones then fit into its memory.
-        for size in reversed(ladder(max_num_seqs)):
-            graph, logits = self._capture(size, cache, max_model_len, pool)
-            pool = graph.pool()
-            self._graphs[size] = graph, logits
-
-    def take(self, step: StepInput) -> bool:
-        """Whether the step is one of decodes that a graph holds."""
-        count = step.num_chunks
-        return count == len(step.token_ids) == len(step.sample_rows) and count <= self._largest
-
-    def replay(self, step: StepInput) -> Tensor:
-        """Return float32 logits [B, vocab_size]; they are overwritten by the next replay."""
-        count = step.num_chunks
-        size = next(size for size in sorted(self._graphs) if size >= count)
-        host = self._host[: size * self._columns].numpy()
-        host.fill(0)
-        head, tables = host[: 4 * size].reshape(4, size), host[4 * size :].reshape(size, self._width)
-        head[:, :count] = decode_columns(step, self._block_size)
-        head[2, count:] = -1
-        rows = padded_tables(step, int(np.diff(step.table_start).max()))
-        tables[:count, : rows.shape[1]] = rows
-        # The copy of the step before has ended: its tokens were read.
-        self._device[: host.size].copy_(self._host[: host.size], non_blocking=True)
-        graph, logits = self._graphs[size]
-        graph.replay()
-        return logits[:count]
-
-    def _capture(
-        self, size: int, cache: KVCache, max_model_len: int, pool: Any
-    ) -> tuple[torch.cuda.CUDAGraph, Tensor]:
-        flat = self._device[: size * self._columns]
-        head, tables = flat[: 4 * size].view(4, size), flat[4 * size :].view(size, self._width)
-        head[2].fill_(-1)
-        batch = _DeviceBatch(head[0], head[1], head[2], tables, head[3], head[3], size, 0, max_model_len)
-
-        def compute() -> Tensor:
-            return self._decoder.logits(self._decoder.hidden(batch, cache))
-
-        # Compiles the kernels and lets libraries take their workspaces, which a capture must not.
-        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            compute()
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=pool):
-            logits = compute()
-        return graph, logits
-
-
-def ladder(largest: int) -> list[int]:
-    """Return the batch sizes that have a graph, ascending: 1, 2, 4, 8, then every multiple of GRAPH_STEP."""
-    sizes = {size for size in (1, 2, 4) if size < largest} | {largest}
-    return sorted(sizes | set(range(GRAPH_STEP, largest, GRAPH_STEP)))
-
-
-def decode_columns(step: StepInput, block_size: int) -> Int64:
-    """Return [4, B]: token id, position, slot and context length of each decode of a step."""
-    slots = step.block_ids(block_size) * block_size + step.positions % block_size
-    return np.stack([step.token_ids, step.positions, slots, step.positions + 1])
-
-
-def padded_tables(step: StepInput, width: int) -> Int64:
-    """Return the block tables as [B, width], filled up with the null block."""
-    tables = np.zeros((step.num_chunks, width), dtype=np.int64)
-    tables[np.arange(width) < np.diff(step.table_start)[:, None]] = step.block_tables
-    return tables

@@ -15,7 +15,7 @@ from typing import Any
 from tqdm import tqdm
 
 from disagg.config import BUNDLED_MODEL, DType, Kernels, Quantization, parse_config
-from disagg.engine.engine import Engine
+from disagg.engine.overlap import engine_for
 from disagg.errors import ConfigError, DisaggError, InvalidRequestError
 from disagg.model.runner import ModelRunner, load_runner
 from disagg.offline.outputs import CompletionOutput, RequestOutput
@@ -137,7 +137,7 @@ class LLM:
             max_model_len=max_model_len,
             device=device,
         )
-        self._engine = Engine(
+        self._engine = engine_for(
             config.engine,
             self._runner,
             num_blocks=self._runner.num_blocks,

@@ -65,9 +65,7 @@ def _best_token_kernel(
     tl.store(best_ptr + row * tl.num_programs(0) + part, best.to(tl.int64))
 
 
-def sample(
-    logits: Tensor, temperatures: Tensor, keys: Tensor, thresholds: Tensor | None = None
-) -> Tensor:
+def sample(logits: Tensor, temperatures: Tensor, keys: Tensor, thresholds: Tensor | None = None) -> Tensor:
     """Return the drawn token ids, int64 [S], of float32 logits [S, V], which stay as they are.
 
     temperatures: float32 [S]; 0 takes the largest logit. keys: int64 [S], disagg.model.noise.noise_key of
@@ -107,9 +105,7 @@ def sample(
     return _choose(logits, temperatures, keys, thresholds, best)
 
 
-def _choose(
-    logits: Tensor, temperatures: Tensor, keys: Tensor, thresholds: Tensor, best: Tensor
-) -> Tensor:
+def _choose(logits: Tensor, temperatures: Tensor, keys: Tensor, thresholds: Tensor, best: Tensor) -> Tensor:
     """Return of each row's candidates [S, parts] the one that the reference's arithmetic scores highest."""
     scores = logits.gather(1, best)
     drawn = temperatures[:, None] > 0

@@ -1,0 +1,96 @@
+"""DeviceRunner: a ModelRunner that computes in the background, one step after another on one stream.
+
+    submit(n+1):  StepInput ─► forward ─► sampler ─► copy of the tokens to the host begins ─► returns
+    result(n):    waits for the copy of step n, the only wait of a step
+
+A sequence that was in step n goes on in step n + 1 before its token is known: the token's row in `drawn` is
+put in its place, and the device reads it from there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+
+from disagg.engine.runner import PLACEHOLDER, Batch, PendingStep, ScheduledSequence
+from disagg.engine.sequence import Sequence as EngineSequence
+from disagg.model.decode_graphs import Capture
+from disagg.model.decoders import BackgroundDecoder
+from disagg.model.device_sampler import DeviceSampler, PendingTokens
+from disagg.model.kv_cache import KVCache
+from disagg.model.runner import ModelRunner
+from disagg.model.step import StepInput, step_input
+from disagg.types import SampledToken
+
+
+class _DeviceStep:
+    """A step on its way. samples: for each item whether a token is drawn."""
+
+    def __init__(self, samples: list[bool], pending: PendingTokens | None) -> None:
+        self._samples = samples
+        self._pending = pending
+
+    def result(self) -> list[SampledToken | None]:
+        drawn = iter(() if self._pending is None else self._pending.result())
+        return [next(drawn) if samples else None for samples in self._samples]
+
+
+class DeviceRunner(ModelRunner):
+    """Implements disagg.engine.runner.AsyncRunner.
+
+    capture: makes a graph of a decode step; where None, CUDA's, and none on a CPU.
+    """
+
+    def __init__(
+        self,
+        decoder: BackgroundDecoder,
+        kv_cache: KVCache,
+        max_model_len: int,
+        *,
+        capture: Capture | None = None,
+    ) -> None:
+        super().__init__(decoder, kv_cache, max_model_len)
+        self._drawn_rows: dict[EngineSequence, int] = {}
+        self._device_sampler = DeviceSampler(self.spec.vocab_size, self.eos_token_ids, decoder.drawn)
+        if capture is not None or self._device.type == "cuda":
+            with self._computing():
+                decoder.capture(kv_cache, max_model_len, capture)
+
+    def execute(self, batch: Batch) -> list[SampledToken | None]:
+        """Compute the batch, write its KV, and draw a token for each item that samples."""
+        return self.submit(batch).result() if batch.items else []
+
+    def submit(self, batch: Batch) -> PendingStep:
+        """Start a batch of at least one item; the host goes on while the device computes."""
+        samples = [item.samples for item in batch.items]
+        sampling = [item.seq for item in batch.items if item.samples]
+        step = step_input(batch.items)
+        self._point_to_drawn(step, batch.items)
+        pending = None
+        with self._computing():
+            logits = self.model.forward(step, self.kv_cache)
+            if sampling:
+                pending = self._device_sampler.start(logits, sampling, self._latest(sampling))
+        self._drawn_rows = {seq: row for row, seq in enumerate(sampling)}
+        return _DeviceStep(samples, pending)
+
+    def _point_to_drawn(self, step: StepInput, items: Sequence[ScheduledSequence]) -> None:
+        """Replace placeholders by the rows in which the step before leaves the tokens."""
+        for item, end in zip(items, step.query_start[1:].tolist(), strict=True):
+            if step.token_ids[end - 1] == PLACEHOLDER:
+                step.token_ids[end - 1] = -1 - self._drawn_rows[item.seq]
+
+    def _latest(self, sampling: Sequence[EngineSequence]) -> list[int | None]:
+        return [self._drawn_rows[seq] if seq.token_ids[-1] == PLACEHOLDER else None for seq in sampling]
+
+    @contextmanager
+    def _computing(self) -> Iterator[None]:
+        """Launch on this model's device, whichever thread calls."""
+        if self._device.type != "cuda":
+            with torch.inference_mode():
+                yield
+            return
+        with torch.inference_mode(), torch.cuda.device(self._device):
+            yield
