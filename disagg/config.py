@@ -24,6 +24,15 @@ BUNDLED_MODEL = Path(__file__).parent / "assets" / "tiny"
 # Prompts that a decode worker computes itself come in chunks of so many tokens while streams run beside them.
 DECODE_POOL_PREFILL_TOKENS = 32
 
+RoutingPolicy = Literal[
+    "slo",
+    "prefix_aware",
+    "least_loaded",
+    "power_of_two",
+    "round_robin",
+    "splitwise_jsq",
+    "distserve_fcfs",
+]
 KVTransport = Literal["auto", "shm", "grpc", "nccl", "nixl"]
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 Quantization = Literal["int8", "int4"]
@@ -146,10 +155,12 @@ class TLSConfig(_Frozen):
 class RouterConfig(_Frozen):
     """Placement. heartbeat_s: period of worker reports; a worker silent for dead_after_s is forgotten.
 
+    local_prefill: whether the policy slo may let decode workers prefill short prompts themselves.
     resources: custom resources of Ray that the router and the controller each take of their node.
     """
 
-    policy: Literal["prefix_aware", "least_loaded", "round_robin"] = "prefix_aware"
+    policy: RoutingPolicy = "prefix_aware"
+    local_prefill: bool = True
     heartbeat_s: float = Field(0.5, gt=0)
     dead_after_s: float = Field(3.0, gt=0)
     max_resumes: int = Field(8, ge=0)

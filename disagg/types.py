@@ -229,7 +229,7 @@ class WorkerInfo:
     """Who a worker is; does not change while its process lives.
 
     address: host:port of its gRPC server. model_fingerprint: identity of its checkpoint, the first link of
-    every block hash.
+    every block hash. max_prefill_tokens: of prompts in a step in which streams decode, 0 for no such limit.
     """
 
     worker_id: str
@@ -244,6 +244,7 @@ class WorkerInfo:
     max_num_batched_tokens: int
     kv_blocks_total: int
     model_fingerprint: str = ""
+    max_prefill_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)

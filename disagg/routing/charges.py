@@ -15,6 +15,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from disagg.routing.costs import NUM_TURNS, WorkerCosts
+from disagg.routing.types import Prediction
 from disagg.types import WorkerLoad
 
 NOWHERE = -1
@@ -25,7 +27,9 @@ class Charge:
     """One placed request. A slot is NOWHERE once its worker is gone (or prefill is done).
 
     number: counts placements up. tokens: to prefill net of cached ones. prefill_blocks, decode_blocks: KV
-    blocks that it is expected to take on either side. hashes: its short block hashes.
+    blocks that it is expected to take on either side. hashes: its short block hashes. turn: its class in the
+    order in which a worker takes prompts, see disagg.routing.costs. prediction: made when it was placed.
+    tenant, work_s: whose share it counts against, and by how much.
     """
 
     request_id: str
@@ -38,7 +42,12 @@ class Charge:
     prefill_blocks: int
     decode_blocks: int
     hashes: tuple[int, ...] = ()
+    turn: int = 0
     prefilled: bool = False
+    prefilled_at: float | None = None
+    prediction: Prediction | None = None
+    tenant: str = ""
+    work_s: float = 0.0
 
     @property
     def local(self) -> bool:
@@ -51,22 +60,29 @@ class Account:
     __slots__ = (
         "absorbed",
         "absorbed_upto",
+        "block_size",
         "blocks",
         "blocks_here",
+        "costs",
         "foreign_blocks",
         "foreign_seqs",
         "foreign_tokens",
         "fresh",
+        "kv_total",
         "max_seqs",
         "present",
         "progress",
         "requests",
         "seqs",
+        "shorter",
     )
 
     def __init__(self) -> None:
         self.requests: set[str] = set()
-        self.max_seqs = 1
+        self.max_seqs = self.block_size = self.kv_total = 1
+        self.costs = WorkerCosts()
+        # Tokens to prefill of charges whose turn is not later than each turn.
+        self.shorter = [0] * NUM_TURNS
         # Tokens to prefill: of charges up to number `absorbed_upto`, and of younger ones. progress: share of
         # the absorbed tokens that was not yet computed at the last report.
         self.absorbed = self.fresh = self.foreign_tokens = 0
@@ -110,6 +126,7 @@ class Account:
     def add_prefill(self, charge: Charge) -> None:
         self.requests.add(charge.request_id)
         self.fresh += charge.tokens
+        self._queue(charge.turn, charge.tokens)
         self.present += 1
         if not charge.local:
             self._add_blocks(charge.prefill_blocks, here=True)
@@ -119,6 +136,7 @@ class Account:
             self.absorbed -= charge.tokens
         else:
             self.fresh -= charge.tokens
+        self._queue(charge.turn, -charge.tokens)
         self.present -= 1
         if not charge.local:
             self._add_blocks(-charge.prefill_blocks, here=True)
@@ -142,6 +160,11 @@ class Account:
             self.present -= 1
         self._add_blocks(-charge.decode_blocks, here=charge.prefilled or charge.local)
 
+    def _queue(self, turn: int, tokens: int) -> None:
+        shorter = self.shorter
+        for later in range(turn, NUM_TURNS):
+            shorter[later] += tokens
+
     def _add_blocks(self, count: int, *, here: bool) -> None:
         self.blocks += count
         if here:
@@ -151,5 +174,5 @@ class Account:
         """Return every sum that charges make; all 0 when no charge is left, and none ever negative."""
         return (
             *(self.absorbed, self.fresh, self.seqs, self.present, self.blocks, self.blocks_here),
-            len(self.requests),
+            *(len(self.requests), *self.shorter),
         )

@@ -1,21 +1,24 @@
 """Policies: which prefill and which decode worker, as pure functions of view, index and random generator.
 
-All share the choice of candidates: READY workers that are long and large enough, without those that the
-request just lost unless nobody else is left. Each policy then only says what a worker costs.
+Here are the simple ones; `slo` has a module of its own. All share the choice of candidates: READY workers
+that are long and large enough, without those that the request just lost unless nobody else is left.
 """
 
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass
-from typing import Protocol
+from typing import Any
 
 import numpy as np
 
-from disagg.errors import InvalidRequestError, NoCapacityError
+from disagg.config import RouterConfig
+from disagg.routing.choice import Choice, Policy, candidates, pick
 from disagg.routing.prefix_index import PrefixIndex
-from disagg.routing.types import Placement, PlacementKind, PlacementRequest
-from disagg.routing.view import ClusterView, Floats, Pools, Slots, max_tokens
+from disagg.routing.slo import Slo
+from disagg.routing.types import PlacementRequest
+from disagg.routing.view import ClusterView, Floats, Pools, Slots
+
+__all__ = ["POLICIES", "Choice", "Policy", "make_policy"]
 
 # Costs are in tokens of prefill, the unit in which queues are reported. Until latency is predicted:
 # computing a token takes this request's time, and as much again from whoever comes next,
@@ -31,78 +34,6 @@ OVERFLOW_COST = 8192.0
 # and a sequence over max_num_seqs waits until another one ends.
 EXCESS_COST = 512.0
 _FULL = 0.95
-_TIE = 1e-9
-
-
-class Policy(Protocol):
-    """Chooses where a request runs.
-
-    choose raises NoCapacityError where no worker takes requests, and InvalidRequestError (param "prompt")
-    where the request fits on none that lives. The same arguments and generator state give the same answer.
-    """
-
-    name: str
-
-    def choose(
-        self, request: PlacementRequest, view: ClusterView, index: PrefixIndex, rng: random.Random
-    ) -> Choice: ...
-
-
-@dataclass(frozen=True, slots=True)
-class Choice:
-    """A placement in slots. depths: leading blocks that the prefill and the decode worker have cached."""
-
-    prefill: int
-    decode: int
-    degraded: bool = False
-    depths: tuple[int, int] = (0, 0)
-
-    def placement(self, request: PlacementRequest, view: ClusterView, policy: str) -> Placement:
-        """Return the choice by names."""
-        kind = PlacementKind.LOCAL if self.prefill == self.decode else PlacementKind.DISAGGREGATED
-        cached = self.depths[0] * int(view.block_size[self.prefill])
-        return Placement(
-            prefill_worker=view.worker_id(self.prefill),
-            decode_worker=view.worker_id(self.decode),
-            # The last token is always computed, since its logits are what is wanted.
-            cached_tokens=min(cached, request.num_tokens - 1),
-            policy=policy,
-            kind=PlacementKind.DEGRADED if self.degraded else kind,
-        )
-
-
-def candidates(request: PlacementRequest, view: ClusterView) -> Pools:
-    """Return who could take the request. Raises as Policy.choose does."""
-    pools = view.pools()
-    if request.num_tokens <= pools.max_tokens and not request.excluded:
-        return pools
-    ready = pools.ready[view.max_tokens[pools.ready] >= request.num_tokens]
-    if not len(ready):
-        raise _nobody(request, view)
-    lost = [slot for slot in map(view.slot, request.excluded) if slot is not None]
-    others = ready[~np.isin(ready, lost)] if lost else ready
-    return view.pools_of(others if len(others) else ready)
-
-
-def _nobody(request: PlacementRequest, view: ClusterView) -> InvalidRequestError | NoCapacityError:
-    longest = max((max_tokens(state.info) for state in view.workers.values()), default=None)
-    if longest is not None and longest < request.num_tokens:
-        return InvalidRequestError(
-            f"the prompt has {request.num_tokens} tokens; the longest that fits on a worker has {longest}",
-            param="prompt",
-            code="context_length_exceeded",
-        )
-    return NoCapacityError("no worker that could serve the request is ready")
-
-
-def pick(costs: Floats, slots: Slots, rng: random.Random) -> int:
-    """Return the cheapest of `slots` (costs: over all slots); equal ones have equal chances."""
-    if len(slots) == 1:
-        return int(slots[0])
-    # Methods that stay in C: with few workers, calling numpy costs more than what it computes.
-    own = costs.take(slots)
-    cheapest = (own <= own[own.argmin()] + _TIE).nonzero()[0]
-    return int(slots[cheapest[rng.randrange(len(cheapest))] if len(cheapest) > 1 else cheapest[0]])
 
 
 def choose_pair(
@@ -222,11 +153,78 @@ class PrefixAware:
         return Choice(prefill, decode, pools.degraded, (int(depths[prefill]), int(depths[decode])))
 
 
-POLICIES: dict[str, type[RoundRobin] | type[LeastLoaded] | type[PrefixAware]] = {
-    policy.name: policy for policy in (RoundRobin, LeastLoaded, PrefixAware)
+class PowerOfTwo:
+    """Two workers of each pool at random, and of these the less loaded (Mitzenmacher 2001)."""
+
+    name = "power_of_two"
+
+    def choose(
+        self, request: PlacementRequest, view: ClusterView, index: PrefixIndex, rng: random.Random
+    ) -> Choice:
+        pools = candidates(request, view)
+        decode = _less_loaded(view.sequences + view.queued_tokens / SEQUENCE_COST, pools.decode, rng)
+        if pools.degraded or decode in pools.local:
+            return Choice(decode, decode, pools.degraded)
+        return Choice(_less_loaded(view.queued_tokens, pools.prefill, rng), decode)
+
+
+def _less_loaded(load: Floats, slots: Slots, rng: random.Random) -> int:
+    first, second = (int(slots[rng.randrange(len(slots))]) for _ in range(2))
+    return first if load[first] <= load[second] else second
+
+
+class SplitwiseJSQ:
+    """Splitwise (ISCA '24, section 4.3): join the shortest queue, with a mixed pool for bursts.
+
+    Where the shortest prompt queue is longer than MIXED_AFTER tokens, and one is shorter on a decode worker,
+    that one takes the request whole and is mixed until it is done.
+    """
+
+    name = "splitwise_jsq"
+    MIXED_AFTER = 2048
+
+    def choose(
+        self, request: PlacementRequest, view: ClusterView, index: PrefixIndex, rng: random.Random
+    ) -> Choice:
+        pools = candidates(request, view)
+        if pools.degraded or len(pools.local) == len(pools.ready):
+            alone = pick(view.queued_tokens + SEQUENCE_COST * view.sequences, pools.ready, rng)
+            return Choice(alone, alone, pools.degraded)
+        prefill = pick(view.queued_tokens, pools.prefill, rng)
+        if view.queued_tokens[prefill] > self.MIXED_AFTER:
+            mixed = pick(view.queued_tokens, pools.decode, rng)
+            if view.queued_tokens[mixed] < view.queued_tokens[prefill]:
+                return Choice(mixed, mixed)
+        return Choice(prefill, pick(view.sequences, pools.decode, rng))
+
+
+class DistServeFCFS:
+    """DistServe (OSDI '24, section 4.3): the shortest prefill queue, and the least loaded decode worker.
+
+    Never both on one worker while there are two pools; within a worker requests are served as they come.
+    """
+
+    name = "distserve_fcfs"
+
+    def choose(
+        self, request: PlacementRequest, view: ClusterView, index: PrefixIndex, rng: random.Random
+    ) -> Choice:
+        pools = candidates(request, view)
+        if pools.degraded or len(pools.local) == len(pools.ready):
+            alone = pick(view.queued_tokens + SEQUENCE_COST * view.sequences, pools.ready, rng)
+            return Choice(alone, alone, pools.degraded)
+        return Choice(pick(view.queued_tokens, pools.prefill, rng), pick(view.kv_blocks, pools.decode, rng))
+
+
+POLICIES: dict[str, type[Any]] = {
+    policy.name: policy
+    for policy in (Slo, RoundRobin, LeastLoaded, PowerOfTwo, PrefixAware, SplitwiseJSQ, DistServeFCFS)
 }
 
 
-def make_policy(name: str) -> Policy:
-    """Return a new policy. Raises KeyError for a name that RouterConfig does not know."""
-    return POLICIES[name]()
+def make_policy(config: RouterConfig) -> Policy:
+    """Return a new policy as configured."""
+    if config.policy == Slo.name:
+        return Slo(local_prefill=config.local_prefill)
+    policy: Policy = POLICIES[config.policy]()
+    return policy

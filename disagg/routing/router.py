@@ -39,7 +39,7 @@ class Router:
         max_index_entries: int = 4_000_000,
     ) -> None:
         self.config = config
-        self.policy = policy or make_policy(config.policy)
+        self.policy = policy or make_policy(config)
         self.view = ClusterView(max_charges=max_charges)
         self.index = PrefixIndex(max_index_entries)
         self.counters: Counter[tuple[str, str]] = Counter()

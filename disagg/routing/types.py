@@ -24,8 +24,10 @@ class PlacementRequest:
     """What the router must know of one request.
 
     num_tokens: tokens to prefill, prompt and earlier output. max_new_tokens: upper bound of tokens still to
-    be produced. block_hashes: short (64-bit) hashes of the full blocks of those tokens. slo_ttft_s,
-    slo_tpot_s: objectives in seconds, or None. excluded: workers that this request just lost.
+    be produced. block_hashes: short (64-bit) hashes of the full blocks of those tokens. priority: lower is
+    served first. slo_ttft_s, slo_tpot_s: objectives in seconds, or None. excluded: workers that this request
+    just lost. tenant: among whom capacity is shared fairly. service_tier: whose bounds hold for admission.
+    timeout_s: seconds until the request's deadline, None for none. resumed: it was admitted before.
     """
 
     request_id: str
@@ -37,13 +39,42 @@ class PlacementRequest:
     slo_ttft_s: float | None = None
     slo_tpot_s: float | None = None
     excluded: tuple[str, ...] = ()
+    tenant: str = ""
+    service_tier: str = "default"
+    timeout_s: float | None = None
+    resumed: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Prediction:
+    """What is expected of a placement, in seconds.
+
+    ttft: until the first token; of it wait_s is spent behind others' work, and service_s would be left on an
+    idle worker. stall: from the first token to decode's first step (transfer, and the wait for a place).
+    tpot: between tokens, the stall spread over them. later_tpot: the same by the time that prefill is done;
+    idle_tpot: were the decode worker idle.
+    fitted: whether it rests on measured steps of both workers, or on defaults.
+    """
+
+    ttft: float
+    wait_s: float
+    stall: float
+    tpot: float
+    later_tpot: float
+    idle_tpot: float
+    fitted: bool
+
+    @property
+    def service_s(self) -> float:
+        return self.ttft - self.wait_s
 
 
 @dataclass(frozen=True, slots=True)
 class Placement:
     """Where a request runs. prefill_worker == decode_worker means that there is no hand-off.
 
-    cached_tokens: tokens that the prefill worker is expected to have in its prefix cache.
+    cached_tokens: tokens that the prefill worker is expected to have in its prefix cache. lag_s: how much
+    later than its objective the first token is due, since its tenant has had more than its share.
     """
 
     prefill_worker: str
@@ -51,6 +82,8 @@ class Placement:
     cached_tokens: int = 0
     policy: str = ""
     kind: PlacementKind = PlacementKind.DISAGGREGATED
+    lag_s: float = 0.0
+    prediction: Prediction | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,10 +100,42 @@ class BlockEvents:
 
 
 @dataclass(frozen=True, slots=True)
+class StepSample:
+    """How long one step took, and what it computed.
+
+    num_tokens: of prompts. attended: sum over those tokens of the tokens that each attends to.
+    num_decodes: sequences that got their next token; context: the tokens that these attend to, summed.
+    """
+
+    seconds: float
+    num_tokens: int = 0
+    attended: int = 0
+    num_decodes: int = 0
+    context: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class TransferSample:
+    """How long one pull took, from the reservation of its blocks to their being filled.
+
+    num_others: pulls that this worker had under way when it began.
+    """
+
+    seconds: float
+    num_tokens: int
+    num_others: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class WorkerReport:
-    """What a worker says of itself; blocks is None where its prefix cache has not changed."""
+    """What a worker says of itself; blocks is None where its prefix cache has not changed.
+
+    steps, transfers: a few of those since the last report, for the predictors.
+    """
 
     info: WorkerInfo
     status: WorkerStatus
     load: WorkerLoad = field(default_factory=WorkerLoad)
     blocks: BlockEvents | None = None
+    steps: Sequence[StepSample] = ()
+    transfers: Sequence[TransferSample] = ()

@@ -14,16 +14,23 @@ import numpy as np
 import numpy.typing as npt
 
 from disagg.routing.charges import NOWHERE, Account, Charge
+from disagg.routing.costs import NUM_TURNS, WorkerCosts, turn_of
+from disagg.routing.predictors import Predictor, Predictors
 from disagg.routing.types import PlacementRequest, WorkerReport
 from disagg.types import Role, WorkerInfo, WorkerState, WorkerStatus
 
 Slots = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
 
+# Rows of ClusterView._prices.
+_PRICES = ("begin_s", "token_s", "attended_s", "step_s", "place_s", "token_pull_s")
 _ROLE_CODE = {Role.PREFILL: 0, Role.DECODE: 1, Role.MIXED: 2}
 _INITIAL_SLOTS = 8
-# Most requests end long before max_new_tokens; charging all of it would make every worker look full.
+# Most requests end long before max_new_tokens; charging all of it would make every worker look full. So long
+# is an answer taken to be until some have ended,
 EXPECTED_NEW_TOKENS = 256
+# and this is the weight of each that does.
+_ANSWER_WEIGHT = 0.02
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +38,8 @@ class Pools:
     """Slots that take new requests. `local` may do both phases without a hand-off.
 
     ready: all of them. max_tokens: length of a request that surely fits on each of them.
+    not_prefill, not_decode: arrays over all slots, 0 for who belongs to the pool and inf for others, so that
+    a policy need not gather its members.
     """
 
     ready: Slots
@@ -39,6 +48,8 @@ class Pools:
     local: Slots
     degraded: bool
     max_tokens: float
+    not_prefill: Floats
+    not_decode: Floats
 
 
 def max_tokens(info: WorkerInfo) -> int:
@@ -54,6 +65,8 @@ class ClusterView:
     Arrays over slots: queued_tokens (to prefill), sequences (decoding, or placed to), excess (sequences over
     what a worker runs at once, were there one more), kv_blocks (in use or expected to be), and limits:
     max_tokens (longest request that fits), kv_total (blocks), block_size.
+    Prices in seconds, arrays over slots: those of disagg.routing.costs.WorkerCosts, and `shorter`, shape
+    [NUM_TURNS, slots]: queued tokens of prompts whose turn is not later. expected_tokens: of an answer.
     """
 
     def __init__(self, *, max_charges: int = 100_000) -> None:
@@ -68,6 +81,8 @@ class ClusterView:
         self._by_frontend: dict[str, set[str]] = {}
         self._max_charges = max_charges
         self._num_placed = 0
+        self.expected_tokens = float(EXPECTED_NEW_TOKENS)
+        self.predictors = Predictors()
         self._pools: Pools | None = None
         self._allocate(_INITIAL_SLOTS)
 
@@ -79,6 +94,11 @@ class ClusterView:
         self.kv_total: Floats = np.ones(size)
         self.block_size: Floats = np.ones(size)
         self.max_tokens: Floats = np.zeros(size)
+        # One row each, so that a worker's prices are written at once.
+        self._prices: Floats = np.zeros((len(_PRICES), size))
+        self.begin_s, self.token_s, self.attended_s = self._prices[:3]
+        self.step_s, self.place_s, self.token_pull_s = self._prices[3:]
+        self.shorter: Floats = np.zeros((NUM_TURNS, size))
         self._role: npt.NDArray[np.int8] = np.zeros(size, dtype=np.int8)
         self._ready: npt.NDArray[np.bool_] = np.zeros(size, dtype=np.bool_)
 
@@ -86,7 +106,7 @@ class ClusterView:
         old = {name: value for name, value in vars(self).items() if isinstance(value, np.ndarray)}
         self._allocate(2 * len(self._ready))
         for name, values in old.items():
-            getattr(self, name)[: len(values)] = values
+            getattr(self, name)[..., : values.shape[-1]] = values
 
     # -- workers -------------------------------------------------------------------------------------
 
@@ -116,10 +136,14 @@ class ClusterView:
         account = self._accounts[slot]
         account.max_seqs = info.max_num_seqs
         account.observe(report.load, self._num_placed)
-        self._refresh(slot)
+        account.costs.links = report.load.num_held
         if previous is None or previous.status is not report.status or previous.info != info:
             self._set_limits(slot, report)
             self._changed()
+        if report.steps or report.transfers:
+            predictor = self.predictors.learn(slot, info, report.steps, report.transfers)
+            self._set_prices(account.costs, predictor)
+        self._refresh(slot)
 
     def _new_slot(self, worker_id: str) -> int:
         if self._free:
@@ -136,10 +160,32 @@ class ClusterView:
     def _set_limits(self, slot: int, report: WorkerReport) -> None:
         info = report.info
         self.kv_total[slot] = info.kv_blocks_total
-        self.block_size[slot] = info.block_size
+        self.block_size[slot] = self._accounts[slot].block_size = info.block_size
+        self._accounts[slot].kv_total = info.kv_blocks_total
         self.max_tokens[slot] = max_tokens(info)
+        costs = self._accounts[slot].costs
+        costs.budget, costs.max_seqs = info.max_num_batched_tokens, info.max_num_seqs
+        costs.beside_streams = info.max_prefill_tokens or info.max_num_batched_tokens
+        self._set_prices(costs, self.predictors.of(slot, info))
         self._role[slot] = _ROLE_CODE[info.role]
         self._ready[slot] = report.status is WorkerStatus.READY
+
+    @staticmethod
+    def _set_prices(costs: WorkerCosts, predictor: Predictor) -> None:
+        costs.prefill, costs.decode = predictor.prefill.coefficients, predictor.decode.coefficients
+        costs.pull, costs.fitted = predictor.pull.coefficients, predictor.fitted
+
+    def costs(self, slot: int) -> WorkerCosts:
+        """Return the prices of one worker; read only."""
+        return self._accounts[slot].costs
+
+    def size_of_block(self, slot: int) -> int:
+        """Return tokens per KV block of one worker."""
+        return self._accounts[slot].block_size
+
+    def queued_before(self, slot: int, turn: int) -> int:
+        """Return the queued tokens of one worker's charges whose turn is not later than `turn`."""
+        return self._accounts[slot].shorter[turn]
 
     def remove(self, worker_id: str) -> int | None:
         """Forget a worker and the charges on it; return the slot that it had. Unknown ids are ignored."""
@@ -152,6 +198,7 @@ class ClusterView:
         self._ids[slot] = None
         self._ready[slot] = False
         self._free.append(slot)
+        self.predictors.forget(slot)
         self._changed()
         return slot
 
@@ -188,8 +235,16 @@ class ClusterView:
         shortest = float(self.max_tokens[ready].min()) if len(ready) else 0.0
         prefill, decode = ready[role != _ROLE_CODE[Role.DECODE]], ready[role != _ROLE_CODE[Role.PREFILL]]
         if len(prefill) and len(decode):
-            return Pools(ready, prefill, decode, ready[role == _ROLE_CODE[Role.MIXED]], False, shortest)
-        return Pools(ready, ready, ready, ready, True, shortest)
+            local = ready[role == _ROLE_CODE[Role.MIXED]]
+            outside = self._outside(prefill), self._outside(decode)
+            return Pools(ready, prefill, decode, local, False, shortest, *outside)
+        outside = self._outside(ready), self._outside(ready)
+        return Pools(ready, ready, ready, ready, True, shortest, *outside)
+
+    def _outside(self, slots: Slots) -> Floats:
+        outside = np.full(self.num_slots, np.inf)
+        outside[slots] = 0.0
+        return outside
 
     # -- charges -------------------------------------------------------------------------------------
 
@@ -217,6 +272,9 @@ class ClusterView:
         if len(self._charges) >= self._max_charges:
             ended.append(self._end(next(iter(self._charges.values()))))
         self._num_placed += 1
+        sizes = self._accounts[prefill].block_size, self._accounts[decode].block_size
+        tokens = max(1, request.num_tokens - depths[0] * sizes[0])
+        answer = min(request.max_new_tokens, self.expected_tokens)
         charge = Charge(
             request_id=request.request_id,
             frontend_id=request.frontend_id,
@@ -224,12 +282,12 @@ class ClusterView:
             placed_at=now,
             prefill_slot=prefill,
             decode_slot=decode,
-            tokens=max(1, request.num_tokens - depths[0] * int(self.block_size[prefill])),
-            prefill_blocks=self._blocks(request.num_tokens, prefill, depths[0]),
-            decode_blocks=self._blocks(
-                request.num_tokens + min(request.max_new_tokens, EXPECTED_NEW_TOKENS), decode, depths[1]
-            ),
+            tokens=tokens,
+            prefill_blocks=-(-request.num_tokens // sizes[0]) - depths[0],
+            decode_blocks=max(0, -(-(request.num_tokens + int(answer)) // sizes[1]) - depths[1]),
             hashes=request.block_hashes,
+            turn=turn_of(tokens, request.priority),
+            tenant=request.tenant,
         )
         self._charges[request.request_id] = charge
         self._by_frontend.setdefault(request.frontend_id, set()).add(request.request_id)
@@ -238,9 +296,6 @@ class ClusterView:
         self._refresh(prefill)
         self._refresh(decode)
         return charge, ended
-
-    def _blocks(self, num_tokens: int, slot: int, depth: int) -> int:
-        return max(0, -(-num_tokens // int(self.block_size[slot])) - depth)
 
     def prefilled(self, request_id: str) -> Charge | None:
         """Move a request's load from its prefill to its decode worker. None: unknown, or known already."""
@@ -296,11 +351,27 @@ class ClusterView:
 
     def _refresh(self, slot: int) -> None:
         account = self._accounts[slot]
-        self.queued_tokens[slot] = account.queued_tokens
-        sequences = account.sequences
+        queued, sequences, blocks = account.queued_tokens, account.sequences, account.kv_blocks
+        excess = sequences + 1 - account.max_seqs
+        self.queued_tokens[slot] = queued
         self.sequences[slot] = sequences
-        self.excess[slot] = max(0, sequences + 1 - account.max_seqs)
-        self.kv_blocks[slot] = account.kv_blocks
+        self.excess[slot] = excess if excess > 0 else 0
+        self.kv_blocks[slot] = blocks
+        costs = account.costs
+        costs.refresh(
+            queued, sequences, blocks * account.block_size, blocks / account.kv_total, self.expected_tokens
+        )
+        self._prices[:, slot] = (
+            costs.begin_s + costs.chunk_s,
+            costs.token_s + costs.chunk_s / costs.chunk,
+            *(costs.attended_s, costs.step_s, costs.place_s, costs.pull[1]),
+        )
+        self.shorter[:, slot] = account.shorter
+
+    def answered(self, num_tokens: int) -> None:
+        """Note how long an answer was that has ended."""
+        if num_tokens > 0:
+            self.expected_tokens += _ANSWER_WEIGHT * (num_tokens - self.expected_tokens)
 
     def check_integrity(self) -> None:
         """Raise AssertionError where charges are negative, or left without a request; for tests."""

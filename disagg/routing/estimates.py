@@ -1,0 +1,50 @@
+"""What a placement would come to: time to the first token, stall at the hand-off, time between tokens."""
+
+from __future__ import annotations
+
+from disagg.routing.costs import WorkerCosts, ahead_of, turn_of
+from disagg.routing.types import PlacementRequest, Prediction
+from disagg.routing.view import ClusterView
+
+
+def predict(
+    request: PlacementRequest, view: ClusterView, prefill: int, decode: int, depths: tuple[int, int]
+) -> Prediction:
+    """Return what to expect of a request on the workers in these slots, charged on none of them yet.
+
+    depths: leading blocks that each has cached.
+    """
+    on_prefill, on_decode = view.costs(prefill), view.costs(decode)
+    uncached = max(1, request.num_tokens - depths[0] * view.size_of_block(prefill))
+    attended = uncached * (request.num_tokens - uncached / 2)
+    shorter = view.queued_before(prefill, turn_of(uncached, request.priority))
+    ahead = ahead_of(uncached, shorter, on_prefill.queued)
+    ttft = on_prefill.first_token_s(ahead, uncached, attended)
+    wait = max(0.0, ttft - on_prefill.service_s(uncached, attended))
+    stall = on_decode.place_s
+    if prefill != decode:
+        missing = request.num_tokens - depths[1] * view.size_of_block(decode)
+        stall += on_decode.pull_s(missing, max(on_prefill.links, on_decode.links))
+    gaps = max(1.0, min(request.max_new_tokens, view.expected_tokens) - 1)
+    step_s = on_decode.step_s
+    return Prediction(
+        ttft=ttft,
+        wait_s=wait,
+        stall=stall,
+        tpot=step_s + stall / gaps,
+        later_tpot=max(on_decode.idle_step_s, step_s - ended_by(ttft, on_decode, view)) + stall / gaps,
+        idle_tpot=on_decode.idle_step_s + (stall - on_decode.place_s) / gaps,
+        fitted=on_prefill.fitted and on_decode.fitted,
+    )
+
+
+def ended_by(seconds: float, costs: WorkerCosts, view: ClusterView) -> float:
+    """Return by how much a worker's steps will be shorter after so long, as running sequences end.
+
+    Whatever the router has placed there counts already, so nobody comes but by later decisions. Rejecting by
+    the load of this moment would make it oscillate: it lags behind what prefill is about to send (Mooncake,
+    FAST '25, section 6).
+    """
+    life_s = view.expected_tokens * costs.step_s
+    share = min(1.0, seconds / life_s) if life_s > 0 else 0.0
+    return costs.sequence_s * costs.sequences * share

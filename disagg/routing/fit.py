@@ -1,0 +1,179 @@
+"""Fit: a line through step times, fitted as they come, that neither outliers nor dull traffic spoil.
+
+Weighted least squares in information form with exponential forgetting (recursive least squares, Ljung and
+Soederstroem 1983), three features, the first of them constant:
+
+  - errors count relative to what is predicted, so that a step of 2 ms weighs as much as one of 2 s;
+  - a residual beyond 1.5 times the usual one counts with Huber's weight (1964): a step that was descheduled
+    for a second moves nothing;
+  - a level, one factor on all of it, follows a machine that becomes slower or faster within some tens of
+    steps; the coefficients beneath it move slowly, so that dull traffic does not bend them;
+  - coefficients are never negative: a fit that extrapolates must not promise that more work takes less time;
+  - directions that recent samples say nothing of stay where they were.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import combinations
+
+Coefficients = tuple[float, float, float]
+
+FORGETTING = 0.998
+HUBER = 1.5
+# How far the level follows one residual, and how it returns to 1 as the coefficients catch up.
+LEVEL_RATE, LEVEL_RETURN = 0.15, 0.998
+_MOST_LEVEL = 20.0
+# A new worker starts from its kind's fit, worth so many samples of its own.
+PRIOR_SAMPLES = 6.0
+# How strongly a solution holds on to the one before it, as a share of what the samples say.
+_HOLD = 1e-3
+_LEAST_SPREAD, _MOST_SPREAD, _SPREAD_STEP = 0.01, 0.5, 1.05
+# Samples until residuals are looked at: before, there is no usual one.
+_WARM = 6
+_TINY_S = 1e-6
+_PAIRS = ((0, 0), (0, 1), (0, 2), (1, 1), (1, 2), (2, 2))
+_SUBSETS = tuple(set_ for size in (3, 2, 1) for set_ in combinations(range(3), size))
+
+
+class Fit:
+    """seconds = level * (c0 + c1 * x1 + c2 * x2). unit: typical x1 and x2, for conditioning alone.
+
+    coefficients: of the last solution, the level in them. num_samples: counted up. spread: usual relative
+    residual.
+    """
+
+    __slots__ = (
+        "_forgetting",
+        "_info",
+        "_level",
+        "_shape",
+        "_unit",
+        "_unsolved",
+        "_vector",
+        "_weight",
+        "coefficients",
+        "num_samples",
+        "spread",
+    )
+
+    def __init__(
+        self,
+        unit: tuple[float, float],
+        *,
+        coefficients: Coefficients = (0.0, 0.0, 0.0),
+        prior: Fit | None = None,
+        forgetting: float = FORGETTING,
+    ) -> None:
+        self._unit = unit
+        self._forgetting = forgetting
+        # Upper triangle of the information matrix in scaled features, and its right-hand side.
+        self._info = [0.0] * 6
+        self._vector = [0.0] * 3
+        self._weight = 0.0
+        self._unsolved = False
+        self._level = 1.0
+        self._shape = self.coefficients = coefficients
+        self.num_samples = 0
+        self.spread = 0.1
+        if prior is not None and prior._weight > 0:
+            share = min(1.0, PRIOR_SAMPLES / prior._weight)
+            self._info = [value * share for value in prior._info]
+            self._vector = [value * share for value in prior._vector]
+            self._weight = prior._weight * share
+            self._shape = self.coefficients = prior._shape
+            self.spread = prior.spread
+            self.num_samples = prior.num_samples
+
+    @property
+    def fitted(self) -> bool:
+        """Whether there were enough samples, of this worker or of its kind, to go by."""
+        return self.num_samples >= _WARM
+
+    def predict(self, x1: float, x2: float) -> float:
+        """Return seconds, never negative."""
+        c0, c1, c2 = self.coefficients
+        return c0 + c1 * x1 + c2 * x2
+
+    def add(self, x1: float, x2: float, seconds: float) -> None:
+        """Take a sample in; `solve` makes use of it. Samples without a duration are ignored."""
+        if not _TINY_S < seconds < 1e6:
+            return
+        scale, weight = seconds, 1.0
+        if self.num_samples >= _WARM:
+            scale = max(self.predict(x1, x2), _TINY_S)
+            weight = self._follow((seconds - scale) / scale)
+        self.num_samples += 1
+        self._unsolved = True
+        row = (1 / scale, x1 / (scale * self._unit[0]), x2 / (scale * self._unit[1]))
+        target, keep = seconds / (scale * self._level), self._forgetting
+        self._weight = keep * self._weight + weight
+        info, vector = self._info, self._vector
+        for at, (i, j) in enumerate(_PAIRS):
+            info[at] = keep * info[at] + weight * row[i] * row[j]
+        for i in range(3):
+            vector[i] = keep * vector[i] + weight * row[i] * target
+
+    def _follow(self, residual: float) -> float:
+        """Move level and spread by a relative residual; return the weight of its sample."""
+        most = HUBER * self.spread
+        size = abs(residual)
+        step = _SPREAD_STEP if size > self.spread else 1 / _SPREAD_STEP
+        self.spread = min(_MOST_SPREAD, max(_LEAST_SPREAD, self.spread * step))
+        moved = self._level**LEVEL_RETURN * (1 + LEVEL_RATE * max(-most, min(most, residual)))
+        moved = min(_MOST_LEVEL, max(1 / _MOST_LEVEL, moved))
+        change = moved / self._level
+        c0, c1, c2 = self.coefficients
+        self._level, self.coefficients = moved, (c0 * change, c1 * change, c2 * change)
+        return 1.0 if size <= most else most / size
+
+    def solve(self) -> Coefficients:
+        """Return the coefficients that fit the samples so far best, and keep them."""
+        info, unit = self._info, (1.0, *self._unit)
+        if info[0] <= 0 or not self._unsolved:
+            return self.coefficients
+        self._unsolved = False
+        matrix = [[0.0] * 3 for _ in range(3)]
+        for at, (i, j) in enumerate(_PAIRS):
+            matrix[i][j] = matrix[j][i] = info[at]
+        vector = list(self._vector)
+        # The same for all: what recent samples hardly had to do with is not to explain why they changed.
+        hold = _HOLD * info[0]
+        for i in range(3):
+            matrix[i][i] += hold
+            vector[i] += hold * self._shape[i] * unit[i]
+        scaled = _non_negative(matrix, vector)
+        c0, c1, c2 = self._shape = (scaled[0], scaled[1] / unit[1], scaled[2] / unit[2])
+        self.coefficients = (c0 * self._level, c1 * self._level, c2 * self._level)
+        return self.coefficients
+
+
+def _non_negative(matrix: Sequence[Sequence[float]], vector: Sequence[float]) -> Coefficients:
+    """Return x >= 0 with the least x'Mx - 2v'x: the best of what each set of positive x's gives."""
+    best, lowest = (0.0, 0.0, 0.0), 0.0
+    for chosen in _SUBSETS:
+        solution = _solve(matrix, vector, chosen)
+        if min(solution) < 0:
+            continue
+        value = -sum(vector[i] * solution[i] for i in chosen)
+        if value < lowest:
+            best, lowest = solution, value
+        if len(chosen) == 3:
+            break
+    return best
+
+
+def _solve(matrix: Sequence[Sequence[float]], vector: Sequence[float], chosen: Sequence[int]) -> Coefficients:
+    """Solve the rows and columns in `chosen` by elimination; they are positive definite."""
+    rows = [[*(matrix[i][j] for j in chosen), vector[i]] for i in chosen]
+    size = len(chosen)
+    for pivot in range(size):
+        head = rows[pivot]
+        for other in range(size):
+            if other != pivot:
+                factor = rows[other][pivot] / head[pivot]
+                rows[other] = [b - factor * a for a, b in zip(head, rows[other], strict=True)]
+    solution = [0.0, 0.0, 0.0]
+    for at, i in enumerate(chosen):
+        solution[i] = rows[at][size] / rows[at][at]
+    return solution[0], solution[1], solution[2]
