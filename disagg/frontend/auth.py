@@ -9,12 +9,14 @@ from typing import Any
 
 import grpc
 import grpc.aio
+from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from disagg.errors import AuthenticationError
 from disagg.frontend.asgi import error_response
 from disagg.rpc import refuse
 
+SignIn = Callable[[Scope], Response | None]
 _MESSAGE = "a valid API key is needed: Authorization: Bearer KEY"
 
 
@@ -33,15 +35,18 @@ class _KeyCheck:
 class RequireApiKey:
     """ASGI middleware. It stands before routing, so a path that is odd, unknown or new is covered too."""
 
-    def __init__(self, app: ASGIApp, api_key: str) -> None:
+    def __init__(self, app: ASGIApp, api_key: str, sign_in: SignIn = lambda scope: None) -> None:
+        """sign_in: returns the answer, if there is one, with which a browser asks its user for the key."""
         self._app = app
         self._check = _KeyCheck(api_key)
+        self._sign_in = sign_in
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan" or self._is_authorized(scope):
             await self._app(scope, receive, send)
         elif scope["type"] == "http":
-            response = error_response(AuthenticationError(_MESSAGE))
+            response = self._sign_in(scope) or error_response(AuthenticationError(_MESSAGE))
+            response.status_code = 401
             response.headers["www-authenticate"] = "Bearer"
             await response(scope, receive, send)
         else:

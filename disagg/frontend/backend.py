@@ -51,7 +51,7 @@ class Backend(Protocol):
 
     max_model_len: prompt and output tokens together. vocab_size: ids that a prompt may hold are below it.
     ready: cheap to ask, since probes do so every second. metrics: Prometheus text exposition of the whole
-    cluster. status: what `disagg status --json` prints.
+    cluster. status: what `disagg status --json` prints. dashboard: what the page /dashboard draws.
     """
 
     @property
@@ -76,6 +76,7 @@ class Backend(Protocol):
     async def ready(self) -> Readiness: ...
     async def metrics(self) -> bytes: ...
     async def status(self) -> dict[str, Any]: ...
+    async def dashboard(self) -> dict[str, Any]: ...
 
 
 def load_sampling_defaults(folder: Path) -> SamplingDefaults:

@@ -10,6 +10,7 @@ import logging
 import os
 import time
 import uuid
+from collections import deque
 from collections.abc import Awaitable, Callable
 from importlib.metadata import version
 from typing import Any
@@ -23,6 +24,7 @@ from disagg.frontend.grpc_service import create_grpc_server
 from disagg.model.config import read_spec
 from disagg.routing.view import ClusterView
 from disagg.service.exposition import merge_expositions
+from disagg.service.history import LENGTH, PERIOD_S, History, load, merge, summarize
 from disagg.service.metrics import FrontendMetrics
 from disagg.service.orchestrator import Orchestrator, ServedModel
 from disagg.service.router_client import ReportKind, RouterClient
@@ -76,6 +78,9 @@ class Gateway:
             lambda: self._router.connected,
         )
         self._workers = WorkerPool(secret, self._worker_info, tls)
+        self._history = History(self._metrics)
+        self._pools: deque[tuple[int, dict[str, Any]]] = deque(maxlen=LENGTH)
+        self._recorder: asyncio.Task[None] | None = None
         self._readiness: tuple[float, Readiness] | None = None
         self._grpc: grpc.aio.Server | None = None
 
@@ -98,6 +103,7 @@ class Gateway:
             max_resumes=self._cluster_config.router.max_resumes,
             slo=self._cluster_config.slo,
         )
+        self._recorder = asyncio.create_task(self._record())
         front = self.config
         self._grpc = create_grpc_server(self, front.api_key, front.host, front.grpc_port)
         await self._grpc.start()
@@ -105,6 +111,8 @@ class Gateway:
     async def stop(self) -> None:
         if self._grpc is not None:
             await self._grpc.stop(0.5)
+        if self._recorder is not None:
+            self._recorder.cancel()
         await self._workers.close()
         await self._router.close()
 
@@ -167,7 +175,7 @@ class Gateway:
 
     def _report(self, kind: ReportKind) -> bytes:
         """Return what another front end asks for through the router."""
-        return self._metrics.exposition() if kind == router_pb2.REPORT_KIND_METRICS else b""
+        return self._metrics.exposition() if kind == router_pb2.REPORT_KIND_METRICS else self._history.dump()
 
     async def _gather(self, kind: ReportKind) -> dict[str, bytes]:
         """Return the other front ends' reports; none while the router is away."""
@@ -187,6 +195,31 @@ class Gateway:
             # One process that is down must not hide the others, least of all then.
             logger.warning("no metrics from %s: %s", name, error)
             return name, b""
+
+    async def _record(self) -> None:
+        """Keep a row of history each period, at the moments at which every front end does."""
+        while True:
+            period = int(time.time() // PERIOD_S) + 1
+            await asyncio.sleep(period * PERIOD_S - time.time())
+            self._history.sample(period)
+            self._pools.append((period, pool_loads(self._router.view)))
+
+    async def dashboard(self) -> dict[str, Any]:
+        """Return what the page /dashboard draws: the cluster now, and the last minutes of all front ends."""
+        others = await self._gather(router_pb2.REPORT_KIND_HISTORY)
+        rows = merge([self._history.rows(), *(load(body) for body in others.values())])
+        pools = dict(self._pools)
+        slo = self._cluster_config.slo
+        return {
+            **await self.status(),
+            "now": time.time(),
+            "num_frontends": 1 + len(others),
+            "objectives": {"ttft": slo.ttft_s, "tpot": slo.tpot_s},
+            "period_s": PERIOD_S,
+            "pools": pool_loads(self._router.view),
+            "wanted": {role.value: self._cluster_config.pool(role).replicas for role in Role},
+            "history": [{**summarize(row), "pools": pools.get(row["t"], {})} for row in rows],
+        }
 
     async def status(self) -> dict[str, Any]:
         """Return what `disagg status --json` prints."""
@@ -215,3 +248,23 @@ class Gateway:
             "router": {"pid": self._router.router_pid, "connected": self._router.connected},
             "frontend": {"id": self._id, "pid": os.getpid()},
         }
+
+
+def pool_loads(view: ClusterView) -> dict[str, Any]:
+    """Return each pool's load: ready workers, their requests, KV use of the fullest and on average."""
+    pools: dict[str, Any] = {}
+    for role in Role:
+        states = [state for state in view.workers.values() if state.info.role is role]
+        if not states:
+            continue
+        uses = [state.load.kv_blocks_used / max(1, state.info.kv_blocks_total) for state in states]
+        pools[role.value] = {
+            "workers": len(states),
+            "ready": sum(state.status is WorkerStatus.READY for state in states),
+            "running": sum(state.load.num_running for state in states),
+            "waiting": sum(state.load.num_waiting for state in states),
+            "held": sum(state.load.num_held for state in states),
+            "kv_max": max(uses),
+            "kv_mean": sum(uses) / len(uses),
+        }
+    return pools

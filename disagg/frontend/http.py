@@ -37,10 +37,12 @@ from disagg.frontend.asgi import (
 )
 from disagg.frontend.auth import RequireApiKey
 from disagg.frontend.backend import Backend
+from disagg.frontend.dashboard import dashboard_page, sign_in
 from disagg.frontend.openai_format import (
     ChatFormat,
     Choice,
     CompletionFormat,
+    Extra,
     ResponseFormat,
     ResponseOptions,
     error_event,
@@ -57,7 +59,7 @@ from disagg.frontend.schemas import (
 )
 from disagg.frontend.text_generation import TextGeneration, stream_all, total_usage
 from disagg.service.generation import GenerationRequest, unroll
-from disagg.service.timeline import Timeline
+from disagg.service.timeline import Timeline, describe
 from disagg.types import SamplingParams
 
 # The orchestrator keeps deadlines; this much later the front end answers by itself.
@@ -66,6 +68,8 @@ _MAX_HEADER_MS = 1e9
 # Key of the ASGI scope, which unlike its "state" belongs to one request whatever the server.
 _REQUEST_ID = "disagg.request_id"
 _ARRIVED = "disagg.arrived"
+# With the value 1, the answer ends with which workers served it and where its time went.
+EXPLAIN_HEADER = "x-disagg-explain"
 _SSE_HEADERS = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
     (b"cache-control", b"no-cache"),
@@ -94,8 +98,10 @@ def create_app(backend: Backend) -> Starlette:
             Route("/metrics", _answering(api.metrics)),
             Route("/version", _answering(api.version)),
             Route("/status", _answering(api.status)),
+            Route("/dashboard", _answering(api.dashboard)),
+            Route("/dashboard/data", _answering(api.dashboard_data)),
         ],
-        middleware=[] if key is None else [Middleware(RequireApiKey, api_key=key)],
+        middleware=[] if key is None else [Middleware(RequireApiKey, api_key=key, sign_in=sign_in)],
         exception_handlers={HTTPException: _http_exception},
     )
     # A POST that is redirected loses its body in many clients; a wrong path is better told so.
@@ -241,6 +247,12 @@ class _Api:
     async def status(self, _request: Request) -> Response:
         return json_response(await self._backend.status())
 
+    async def dashboard(self, _request: Request) -> Response:
+        return dashboard_page()
+
+    async def dashboard_data(self, _request: Request) -> Response:
+        return json_response(await self._backend.dashboard(), headers={"cache-control": "no-store"})
+
     async def _parse(self, request: Request, schema: type[Body]) -> Body:
         config = self._backend.config
         body = parse_body(schema, await read_body(request, config.max_body_bytes, config.request_timeout_s))
@@ -303,7 +315,12 @@ class _Api:
             options,
         )
         return _GenerationResponse(
-            response_format, generations, body.num_choices, options, streams=bool(body.stream)
+            response_format,
+            generations,
+            body.num_choices,
+            options,
+            streams=bool(body.stream),
+            explains=request.headers.get(EXPLAIN_HEADER) == "1",
         )
 
     def _options(
@@ -356,6 +373,7 @@ class _GenerationResponse(Response):
         options: ResponseOptions,
         *,
         streams: bool,
+        explains: bool = False,
     ) -> None:
         super().__init__()
         self._format = response_format
@@ -363,6 +381,7 @@ class _GenerationResponse(Response):
         self._choices_per_prompt = choices_per_prompt
         self._continuous = options.continuous_usage
         self._streams = streams
+        self._explains = explains
         self._started = False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -395,7 +414,8 @@ class _GenerationResponse(Response):
                 if running and (data or not self._started):
                     await self._send(send, request_id, data, more=True)
         # Everything is closed by now, so the end of the stream is also the end of the request's cost.
-        data += self._format.last(total_usage(self._generations, self._choices_per_prompt))
+        total = total_usage(self._generations, self._choices_per_prompt)
+        data += self._format.last(total, self._explanation())
         await self._send(send, request_id, data, more=False)
 
     async def _whole(self, send: Send, request_id: str) -> None:
@@ -403,7 +423,8 @@ class _GenerationResponse(Response):
         async with aclosing(stream_all(self._generations)) as deltas:
             async for index, delta in deltas:
                 choices[index].add(delta)
-        body = self._format.whole(choices, total_usage(self._generations, self._choices_per_prompt))
+        total = total_usage(self._generations, self._choices_per_prompt)
+        body = self._format.whole(choices, total, self._explanation())
         headers = [
             (b"content-type", b"application/json"),
             (b"content-length", str(len(body)).encode()),
@@ -412,6 +433,12 @@ class _GenerationResponse(Response):
         self._started = True
         await send({"type": "http.response.start", "status": 200, "headers": headers})
         await send({"type": "http.response.body", "body": body})
+
+    def _explanation(self) -> Extra | None:
+        """Return what became of each choice, for a client that asked: which workers served it, and when."""
+        if not self._explains:
+            return None
+        return {"disagg": {"choices": [describe(each.request.timeline) for each in self._generations]}}
 
     async def _send(self, send: Send, request_id: str, data: bytes, *, more: bool) -> None:
         if not self._started:

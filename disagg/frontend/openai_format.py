@@ -60,6 +60,10 @@ class Choice:
             self.matched_stop = delta.matched_stop
 
 
+# Members that are not OpenAI's, for clients that ask for them.
+Extra = dict[str, Any]
+
+
 class ResponseFormat(Protocol):
     """Chat completions and completions, as HTTP's one way of serving both sees them."""
 
@@ -71,12 +75,12 @@ class ResponseFormat(Protocol):
         """Return the events of one step, b"" where a client has nothing to see."""
         ...
 
-    def last(self, usage: Usage) -> bytes:
-        """Return the events with which the stream ends."""
+    def last(self, usage: Usage, extra: Extra | None = None) -> bytes:
+        """Return the events with which the stream ends. extra: members of an event more."""
         ...
 
-    def whole(self, choices: Sequence[Choice], usage: Usage) -> bytes:
-        """Return the body of an answer that isn't streamed."""
+    def whole(self, choices: Sequence[Choice], usage: Usage, extra: Extra | None = None) -> bytes:
+        """Return the body of an answer that isn't streamed. extra: more of its members."""
         ...
 
 
@@ -116,14 +120,15 @@ class ChatFormat:
             events += self._event(index, "{}", "null", finish, tail, extra)
         return events.encode()
 
-    def last(self, usage: Usage) -> bytes:
-        return _usage_event(self._head, usage, self._options) + DONE
+    def last(self, usage: Usage, extra: Extra | None = None) -> bytes:
+        return _usage_event(self._head, usage, self._options) + _extra_event(self._head, extra) + DONE
 
-    def whole(self, choices: Sequence[Choice], usage: Usage) -> bytes:
+    def whole(self, choices: Sequence[Choice], usage: Usage, extra: Extra | None = None) -> bytes:
         body: dict[str, Any] = {
             **self._base,
             "choices": [self._choice(choice) for choice in choices],
             "usage": usage_object(usage),
+            **(extra or {}),
         }
         if self._options.return_token_ids:
             body["prompt_token_ids"] = self._options.prompt_token_ids[0]
@@ -202,14 +207,15 @@ class CompletionFormat:
             extra += f',"stop_reason":{_dumps(self._options.stop_reason(delta.matched_stop))}'
         return self._event(index, delta.text, logprobs, finish, tail, extra).encode()
 
-    def last(self, usage: Usage) -> bytes:
-        return _usage_event(self._head, usage, self._options) + DONE
+    def last(self, usage: Usage, extra: Extra | None = None) -> bytes:
+        return _usage_event(self._head, usage, self._options) + _extra_event(self._head, extra) + DONE
 
-    def whole(self, choices: Sequence[Choice], usage: Usage) -> bytes:
+    def whole(self, choices: Sequence[Choice], usage: Usage, extra: Extra | None = None) -> bytes:
         body = {
             **self._base,
             "choices": [self._choice(choice) for choice in choices],
             "usage": usage_object(usage),
+            **(extra or {}),
         }
         return _dumps(body).encode()
 
@@ -303,3 +309,7 @@ def _usage_tail(usage: Usage) -> str:
 
 def _usage_event(head: str, usage: Usage, options: ResponseOptions) -> bytes:
     return f"{head}]{_usage_tail(usage)}".encode() if options.include_usage else b""
+
+
+def _extra_event(head: str, extra: Extra | None) -> bytes:
+    return b"" if not extra else f"{head}],{_dumps(extra)[1:]}\n\n".encode()

@@ -53,6 +53,7 @@ class TextGeneration:
                 if output.error is not None or output.finish_reason is FinishReason.ERROR:
                     raise DisaggError(output.error or "the generation failed")
                 delta = self._assembler.push(output)
+                self.request.timeline.complete = self._assembler.finished
                 yield delta
                 if self._assembler.finished:
                     return

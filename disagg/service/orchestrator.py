@@ -121,6 +121,8 @@ class Orchestrator:
             raise
         finally:
             self._router.finished(request.request_id)
+            if outcome == "abort" and story.timeline.complete:
+                outcome = "stop"
             self._end(story, outcome)
 
     # -- the story ---------------------------------------------------------------------------------

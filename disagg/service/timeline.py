@@ -6,7 +6,8 @@ Workers report durations, never times of day, so the clocks of two hosts are nev
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
 
 @dataclass(slots=True)
@@ -73,7 +74,8 @@ class Timeline:
     """One request from its arrival at the front end to its end, on time.monotonic.
 
     traceparent: the client's W3C trace context, or "". outcome: set with `finished`, as in
-    disagg_requests_total.
+    disagg_requests_total. complete: set by a reader that has all it wants (a stop string) before it closes
+    the generator, which otherwise takes that for a client that left.
     """
 
     arrived: float = field(default_factory=time.monotonic)
@@ -85,6 +87,7 @@ class Timeline:
     finished: float | None = None
     num_output_tokens: int = 0
     outcome: str = ""
+    complete: bool = False
 
     @property
     def current(self) -> Attempt:
@@ -107,6 +110,29 @@ class Timeline:
             early = [each for each in self.attempts if each.placed <= self.second_token]
             first_decode = max(0.0, self.second_token - self.first_token - sum(map(_transfer_s, early)))
         return Parts(ttft - prefill, prefill, transfer, e2e - ttft - transfer, first_decode)
+
+
+def describe(timeline: Timeline) -> dict[str, Any]:
+    """Return a timeline that has ended as JSON, for the client that asked: seconds, and who did what."""
+    parts = timeline.parts()
+    return {
+        "outcome": timeline.outcome,
+        "ttft_s": None if parts is None else parts.ttft,
+        "e2e_s": None if parts is None else parts.e2e,
+        "parts": None if parts is None else asdict(parts),
+        "attempts": [
+            {
+                "prefill_worker": attempt.prefill_worker,
+                "decode_worker": attempt.decode_worker,
+                "policy": attempt.policy,
+                "kind": attempt.kind,
+                "cached_tokens": attempt.num_cached_tokens,
+                "transfer": None if attempt.transfer is None else asdict(attempt.transfer),
+                "lost": attempt.lost or None,
+            }
+            for attempt in timeline.attempts
+        ],
+    }
 
 
 def _transfer_s(attempt: Attempt) -> float:

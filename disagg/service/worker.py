@@ -16,7 +16,7 @@ import queue
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import grpc
@@ -190,7 +190,9 @@ class Worker(worker_pb2_grpc.WorkerServicer):
                 if self._engine.has_work():
                     started = self._clock()
                     outputs = self._engine.step(started)
-                    self._to_loop(self._after_step, self._step_report(outputs, self._clock() - started))
+                    step_s = self._clock() - started
+                    outputs = [_with_last_step(output, step_s) for output in outputs]
+                    self._to_loop(self._after_step, self._step_report(outputs, step_s))
         except BaseException as caught:
             # A step's own failure is handled by the engine; reaching this point is a defect, and a worker
             # whose engine is gone must not look healthy.
@@ -432,6 +434,13 @@ class Worker(worker_pb2_grpc.WorkerServicer):
     async def Scrape(self, request: worker_pb2.ScrapeRequest, context: Context) -> worker_pb2.ScrapeResponse:
         self._metrics.observe_expired_leases(self._publisher.num_expired)
         return worker_pb2.ScrapeResponse(exposition=self._metrics.exposition())
+
+
+def _with_last_step(output: StepOutput, step_s: float) -> StepOutput:
+    """Return the output with the step that made the first token in its prefill: the engine's `now` is that
+    step's beginning.
+    """
+    return output if output.prefill_s is None else replace(output, prefill_s=output.prefill_s + step_s)
 
 
 def _ignore(_value: object) -> None:

@@ -143,6 +143,9 @@ class FakeBackend:
     async def status(self) -> dict[str, Any]:
         return {"workers": [{"id": "w0", "role": "prefill"}], "router": {"pid": 1}}
 
+    async def dashboard(self) -> dict[str, Any]:
+        return {**await self.status(), "history": []}
+
 
 @asynccontextmanager
 async def serve_app(app: ASGIApp) -> AsyncIterator[str]:
