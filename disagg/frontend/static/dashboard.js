@@ -83,7 +83,10 @@ class Chart {
     Object.assign(this, { width, height, top: 10, bottom: height - 22 });
     const svg = shape("svg", { viewBox: `0 0 ${width} ${height}`, role: "img", "aria-label": this.summary() });
     const present = series.filter((each) => each.values.some((value) => value !== null));
-    const peak = Math.max(0, ...times.map((_, i) => this.height_at(i)), objective ?? 0);
+    const highest = Math.max(0, ...times.map((_, i) => this.height_at(i)));
+    /* An objective far above everything would flatten what there is to see; the legend tells it anyway. */
+    const near = objective !== null && (!highest || objective < 3 * highest);
+    const peak = near ? Math.max(highest, objective) : highest;
     this.max = this.end ?? niceEnd(peak);
     this.axes(svg);
     if (!present.length) {
