@@ -114,10 +114,13 @@ class PoolConfig(_Frozen):
 
     threads: compute threads of each; None shares the machine's cores evenly. pin_threads: keep them on cores
     of their own where so many are free. max_num_batched_tokens, max_prefill_tokens: as in engine, over it; a
-    decode pool has DECODE_POOL_PREFILL_TOKENS unless told otherwise.
+    decode pool has DECODE_POOL_PREFILL_TOKENS unless told otherwise. min_replicas, max_replicas: bounds of
+    the autoscaler, which are replicas where they are None.
     """
 
     replicas: int = Field(1, ge=0, le=10_000)
+    min_replicas: int | None = Field(None, ge=1, le=10_000)
+    max_replicas: int | None = Field(None, ge=1, le=10_000)
     tensor_parallel_size: int = Field(1, ge=1)
     threads: int | None = Field(None, ge=1)
     pin_threads: bool = True
@@ -126,6 +129,29 @@ class PoolConfig(_Frozen):
     num_cpus: float = Field(0.0, ge=0)
     num_gpus: float = Field(0.0, ge=0)
     resources: Resources = Field(default_factory=dict)
+
+
+class AutoscalerConfig(_Frozen):
+    """When pools grow, shrink and lend workers; all times in seconds.
+
+    max_workers: of the prefill and decode pools together. slo_ttft_s, slo_tpot_s: what a pool is sized for.
+    react_s: load is averaged over so long before a pool grows. look_back_s: so long a smaller pool must have
+    sufficed before one shrinks, and look_ahead_s how far its trend is followed. headroom: share of an
+    objective that a pool which shrinks must keep to. warm_up_s: a new worker's samples don't count for so
+    long. settle_s: pause after each change.
+    """
+
+    enabled: bool = False
+    max_workers: int = Field(64, ge=1)
+    slo_ttft_s: float = Field(2.0, gt=0)
+    slo_tpot_s: float = Field(0.2, gt=0)
+    interval_s: float = Field(1.0, gt=0)
+    react_s: float = Field(10.0, gt=0)
+    look_back_s: float = Field(120.0, gt=0)
+    look_ahead_s: float = Field(60.0, ge=0)
+    headroom: float = Field(0.7, gt=0, le=1)
+    warm_up_s: float = Field(15.0, ge=0)
+    settle_s: float = Field(15.0, ge=0)
 
 
 class TransferConfig(_Frozen):
@@ -256,6 +282,7 @@ class ClusterConfig(_Frozen):
     prefill: PoolConfig = PoolConfig()
     decode: PoolConfig = PoolConfig()
     mixed: PoolConfig = PoolConfig(replicas=0)
+    autoscaler: AutoscalerConfig = AutoscalerConfig()
     transfer: TransferConfig = TransferConfig()
     tls: TLSConfig | None = None
     router: RouterConfig = RouterConfig()
