@@ -9,6 +9,7 @@ import typer
 
 from disagg.bench.cli import bench_app
 from disagg.cli.doctor import doctor
+from disagg.cli.plan import plan
 from disagg.cli.serve import serve
 from disagg.cli.simulate import simulate
 from disagg.cli.status import status
@@ -26,6 +27,7 @@ app.command()(chat)
 app.command()(status)
 app.command()(doctor)
 app.command()(simulate)
+app.command()(plan)
 app.add_typer(bench_app, name="bench")
 
 

@@ -254,12 +254,17 @@ def parse_spec(data: dict[str, Any]) -> SimSpec:
 
 def load_spec(path: Path) -> SimSpec:
     """Read a YAML cluster file; cost files are relative to it. Raises ConfigError."""
+    return parse_spec(load_mapping(path))
+
+
+def load_mapping(path: Path) -> dict[str, Any]:
+    """Read a YAML cluster file as it is, but for cost files, which are looked for beside it."""
     data = load_config(path)
     costs = [data.get("cost"), *(_cost_of(pool) for pool in _values(data.get("pools")))]
     for cost in costs:
         if isinstance(cost, dict) and isinstance(cost.get("file"), str):
             cost["file"] = str(path.parent / cost["file"])
-    return parse_spec(data)
+    return data
 
 
 def _values(data: Any) -> list[Any]:

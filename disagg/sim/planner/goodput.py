@@ -109,7 +109,7 @@ class Bisection:
     """How a largest rate is looked for, all per GPU and second.
 
     high: where it begins; grow: double that while it is good itself. It ends when the interval is narrower
-    than `width` or than `share` of its upper end, or when nothing above a thousandth of `high` is good.
+    than `width` or than `share` of its upper end, or when nothing above a hundredth of `high` is good.
     DistServe's search is Bisection(high=5, width=0.25, share=0, grow=False).
     """
 
@@ -124,7 +124,7 @@ class Bisection:
         guess: a rate that it might be, in place of `high`.
         """
         low, high = 0.0, self.high * num_gpus if guess is None or not self.grow else guess
-        least = min(high, self.high * num_gpus) / 1000
+        least = min(high, self.high * num_gpus) / 100
         for _ in range(_MAX_DOUBLINGS if self.grow else 0):
             if not good(high):
                 break

@@ -31,6 +31,8 @@ _FREE_POOL = {"cost": {"kind": "free"}, "num_kv_blocks": 65_536}
 # Workers that may be added to a plan whose whole is slower than its parts.
 _MAX_ADDED = 8
 _MAX_RATIOS = 16
+# By which a whole may exceed the estimate from its parts, since its workers share their queues.
+_MAX_GAIN = 1.5
 
 
 @dataclass(frozen=True)
@@ -39,13 +41,13 @@ class Ratio:
 
     prefill: int
     decode: int
-    bound: float
+    estimate: float
     goodput: float
 
 
 @dataclass(frozen=True)
 class Result:
-    """What a search found. plans: best first. ratios: of the best disaggregated plan, at its number of GPUs."""
+    """What a search found. plans: best first. ratios: of the best disaggregated plan, with as many GPUs."""
 
     plans: list[Plan]
     ratios: list[Ratio]
@@ -121,7 +123,7 @@ class Search:
         return rate
 
     def _simulated(self, plan: Plan) -> Plan:
-        guess = None if plan.bound is None else plan.bound / plan.nodes
+        guess = None if plan.estimate is None else plan.estimate / plan.nodes
         return replace(plan, goodput=self.whole_goodput(plan.pools, guess) * plan.nodes)
 
     # -- candidates ----------------------------------------------------------------------------------
@@ -168,20 +170,20 @@ class Search:
             for num_decode in range(1, gpus[decode.hardware] // decode.gpus + 1)
         )
         allowed = [candidate for candidate in candidates if self.space.allows(candidate)]
-        return max(allowed, key=lambda item: (item.bound or 0.0, -item.gpus), default=None)
+        return max(allowed, key=lambda item: (item.estimate or 0.0, -item.gpus), default=None)
 
     def low_affinity(self, demand: float | None, *, pairs_only: bool = False) -> Iterator[Plan]:
         """Algorithm 2: what fits into one node, simulated as a whole, replicated over nodes.
 
-        pairs_only: one prefill and one decode worker a node, as DistServe has it. Arrangements that can't be
-        better than what was found, by the bound of their parts, are not simulated.
+        pairs_only: one prefill and one decode worker a node, as DistServe has it. Arrangements whose
+        estimate is far below what was found are not simulated.
         """
         arrangements = sorted(
-            self._arrangements(pairs_only), key=lambda plan: (plan.bound or 0.0) / plan.gpus, reverse=True
+            self._arrangements(pairs_only), key=lambda plan: (plan.estimate or 0.0) / plan.gpus, reverse=True
         )
         best = 0.0
         for arrangement in arrangements:
-            if not pairs_only and (arrangement.bound or 0.0) / arrangement.gpus <= best:
+            if not pairs_only and _MAX_GAIN * (arrangement.estimate or 0.0) / arrangement.gpus <= best:
                 continue
             one = self._simulated(arrangement)
             best = max(best, (one.goodput or 0.0) / one.gpus)
@@ -204,7 +206,7 @@ class Search:
                             self.phase_goodput(Role.DECODE, decode),
                         )
                         plan = pair_plan(prefill, num_prefill, rates[0], decode, num_decode, rates[1])
-                        if plan.bound and self.space.allows(plan):
+                        if plan.estimate and self.space.allows(plan):
                             yield plan
 
     def _over_nodes(self, one: Plan, demand: float | None) -> Iterator[Plan]:
@@ -215,7 +217,9 @@ class Search:
         nodes, rest = divmod(limits.gpus[one.pools[0].shape.hardware], limits.gpus_per_node)
         most = nodes * (limits.gpus_per_node // one.gpus) + rest // one.gpus
         for copies in range(most, 0, -1) if demand is None else [math.ceil(demand / one.goodput)]:
-            plan = replace(one, nodes=copies, goodput=one.goodput * copies, bound=(one.bound or 0.0) * copies)
+            plan = replace(
+                one, nodes=copies, goodput=one.goodput * copies, estimate=(one.estimate or 0.0) * copies
+            )
             if copies <= most and self.space.allows(plan):
                 yield plan
                 return
@@ -223,19 +227,16 @@ class Search:
     def colocated(self, demand: float | None) -> Iterator[Plan]:
         """Yield for each kind of GPU the best colocated workers, as many as demanded or allowed."""
         for hardware in self.space.limits.gpus:
-            found = []
-            for shape in self.space.shapes:
-                if shape.hardware == hardware:
-                    rate = self.whole_goodput((PoolPlan(Role.MIXED, shape, 1),), None)
-                    found.append((rate / shape.gpus, -shape.gpus, rate, shape))
-            per_gpu, _, rate, shape = max(found, key=lambda item: item[:2], default=(0.0, 0, 0.0, None))
-            if shape is None or per_gpu == 0:
+            shapes = [shape for shape in self.space.shapes if shape.hardware == hardware]
+            rates = {shape: self.whole_goodput((PoolPlan(Role.MIXED, shape, 1),), None) for shape in shapes}
+            shape = max(shapes, key=lambda one: (rates[one] / one.gpus, -one.gpus), default=None)
+            if shape is None or not rates[shape]:
                 continue
             most = self.space.limits.gpus[hardware] // shape.gpus
-            for replicas in [math.ceil(demand / rate)] if demand is not None else range(most, 0, -1):
-                plan = Plan((PoolPlan(Role.MIXED, shape, replicas),), bound=rate * replicas)
+            for replicas in range(most, 0, -1) if demand is None else [math.ceil(demand / rates[shape])]:
+                plan = Plan((PoolPlan(Role.MIXED, shape, replicas),))
                 if self.space.allows(plan):
-                    yield replace(plan, bound=None, goodput=self.whole_goodput(plan.pools, plan.bound))
+                    yield replace(plan, goodput=self.whole_goodput(plan.pools, rates[shape] * replicas))
                     break
 
     # -- the search ----------------------------------------------------------------------------------
@@ -263,7 +264,7 @@ class Search:
 
     def _finals(self, plans: Iterable[Plan], demand: float | None, finalists: int) -> list[Plan]:
         if demand is None:
-            best = sorted(plans, key=lambda plan: (-(plan.bound or 0.0), plan.gpus))[:finalists]
+            best = sorted(plans, key=lambda plan: (-(plan.estimate or 0.0), plan.gpus))[:finalists]
             return [self._simulated(plan) for plan in best]
         best = sorted(plans, key=lambda plan: (self.space.price(plan)[0], plan.gpus))[:finalists]
         return [self._enough(plan, demand) for plan in best]
@@ -301,7 +302,7 @@ class Search:
         return sorted(dict.fromkeys(plans), key=key)
 
     def _ratios(self, plans: list[Plan]) -> list[Ratio]:
-        """Sweep the best disaggregated plan over prefill : decode, at its number of GPUs (of one node's copy)."""
+        """Sweep the best disaggregated plan (of one node's copy) over prefill : decode, with as many GPUs."""
         best = next((plan for plan in plans if not plan.colocated), None)
         if best is None:
             return []
@@ -315,14 +316,11 @@ class Search:
             points.append(plan)
         step = max(1, -(-len(points) // _MAX_RATIOS))
         kept = [plan for number, plan in enumerate(points) if number % step == 0 or plan.pools == best.pools]
-        return [
-            Ratio(
-                *(pool.replicas for pool in plan.pools),
-                bound=plan.bound or 0.0,
-                goodput=self._simulated(plan).goodput or 0.0,
-            )
-            for plan in kept
-        ]
+        return [self._ratio(plan) for plan in kept]
+
+    def _ratio(self, plan: Plan) -> Ratio:
+        goodput = self._simulated(plan).goodput or 0.0
+        return Ratio(plan.replicas(Role.PREFILL), plan.replicas(Role.DECODE), plan.estimate or 0.0, goodput)
 
 
 def pair_plan(
@@ -338,4 +336,4 @@ def pair_plan(
         PoolPlan(Role.PREFILL, prefill, num_prefill),
         PoolPlan(Role.DECODE, decode, num_decode),
     )
-    return Plan(pools, bound=min(num_prefill * prefill_rate, num_decode * decode_rate))
+    return Plan(pools, estimate=min(num_prefill * prefill_rate, num_decode * decode_rate))

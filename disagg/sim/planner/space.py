@@ -49,14 +49,15 @@ class PoolPlan:
 class Plan:
     """Pools, and what was found of them.
 
-    bound: requests/s by the weaker phase alone, which the whole can't exceed; None for colocated pools.
+    estimate: requests/s of one worker in the weaker phase times their number; None for colocated pools. It
+    leaves transfers out, and that many workers behind one router do better than each by itself.
     goodput: requests/s of the whole; None until it was simulated. nodes: copies of `pools` that work apart,
-    as in a low-affinity cluster; bound and goodput are of all of them.
+    as in a low-affinity cluster; both rates are of all of them.
     """
 
     pools: tuple[PoolPlan, ...]
     nodes: int = 1
-    bound: float | None = None
+    estimate: float | None = None
     goodput: float | None = None
 
     @property
@@ -142,7 +143,7 @@ class Space:
                         yield shape
 
     def spec(self, pools: Sequence[PoolPlan], **more: dict[str, Any]) -> SimSpec:
-        """Return the cluster of these pools; `more`: further keys of a pool, by its role. Raises ConfigError."""
+        """Return the cluster of these pools; `more`: further keys by role. Raises ConfigError."""
         data = {**self.base, "pools": {}}
         for pool in pools:
             data["pools"][pool.role.value] = {
