@@ -29,6 +29,7 @@ from disagg.service.metrics import FrontendMetrics
 from disagg.service.orchestrator import Orchestrator, ServedModel
 from disagg.service.router_client import ReportKind, RouterClient
 from disagg.service.tokenizer import Tokenizer
+from disagg.service.tracing import RequestTracer
 from disagg.service.worker_pool import WorkerPool
 from disagg.tls import load_tls
 from disagg.types import Role, WorkerInfo, WorkerStatus
@@ -78,6 +79,10 @@ class Gateway:
             lambda: self._router.connected,
         )
         self._workers = WorkerPool(secret, self._worker_info, tls)
+        tracing = config.tracing
+        self._tracer = (
+            None if tracing.endpoint is None else RequestTracer(tracing, self.model_name, self.version)
+        )
         self._history = History(self._metrics)
         self._pools: deque[tuple[int, dict[str, Any]]] = deque(maxlen=LENGTH)
         self._recorder: asyncio.Task[None] | None = None
@@ -102,6 +107,7 @@ class Gateway:
             self._metrics,
             max_resumes=self._cluster_config.router.max_resumes,
             slo=self._cluster_config.slo,
+            on_end=None if self._tracer is None else self._tracer.record,
         )
         self._recorder = asyncio.create_task(self._record())
         front = self.config
@@ -115,6 +121,8 @@ class Gateway:
             self._recorder.cancel()
         await self._workers.close()
         await self._router.close()
+        if self._tracer is not None:
+            await asyncio.to_thread(self._tracer.close)
 
     # -- view --------------------------------------------------------------------------------------
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+import random
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import aclosing
@@ -280,6 +281,7 @@ class _Api:
             prompts.check_token_ids(self._backend, sampling)
             params += [(prompt, choice) for choice in unroll(sampling)]
         ids = prompts.internal_ids(request.scope[_REQUEST_ID], len(params))
+        trace_id = random.getrandbits(128)
         requests = [
             GenerationRequest(
                 request_id=internal_id,
@@ -291,7 +293,12 @@ class _Api:
                 slo_ttft_s=objectives.ttft_s,
                 slo_tpot_s=objectives.tpot_s,
                 service_tier=body.tier,
-                timeline=Timeline(request.scope[_ARRIVED], request.headers.get("traceparent", "")),
+                timeline=Timeline(
+                    request.scope[_ARRIVED],
+                    request.headers.get("traceparent", ""),
+                    trace_id,
+                    "chat" if isinstance(body, ChatCompletionRequest) else "text_completion",
+                ),
             )
             for internal_id, (prompt, choice) in zip(ids, params, strict=True)
         ]

@@ -73,13 +73,16 @@ class Parts:
 class Timeline:
     """One request from its arrival at the front end to its end, on time.monotonic.
 
-    traceparent: the client's W3C trace context, or "". outcome: set with `finished`, as in
-    disagg_requests_total. complete: set by a reader that has all it wants (a stop string) before it closes
-    the generator, which otherwise takes that for a client that left.
+    traceparent: the client's W3C trace context, or "". trace_id: of the trace that all choices of a request
+    share where the client gave none. operation: GenAI's name of what was asked for. outcome: set with
+    `finished`, as in disagg_requests_total. complete: set by a reader that has all it wants (a stop string)
+    before it closes the generator, which otherwise takes that for a client that left.
     """
 
     arrived: float = field(default_factory=time.monotonic)
     traceparent: str = ""
+    trace_id: int = 0
+    operation: str = "text_completion"
     attempts: list[Attempt] = field(default_factory=list)
     first_token: float | None = None
     second_token: float | None = None

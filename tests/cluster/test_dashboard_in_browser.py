@@ -15,7 +15,7 @@ from disagg.frontend.http import create_app
 from tests.cluster.harness import Cluster, running_cluster
 from tests.unit.frontend.frontend_fakes import serve_app
 
-playwright = pytest.importorskip("playwright.async_api", reason="pip install playwright")
+playwright = pytest.importorskip("playwright.async_api", reason="in the extra [browser]")
 CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("google-chrome")
 pytestmark = [
     pytest.mark.skipif(
