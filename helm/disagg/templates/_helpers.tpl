@@ -100,6 +100,9 @@ matchExpressions:
 {{- if lt (float64 .Values.router.deadAfterSeconds) (mulf 2.0 (float64 .Values.router.heartbeatSeconds)) -}}
 {{- fail "router.deadAfterSeconds must be at least twice router.heartbeatSeconds, or every late report loses a worker" -}}
 {{- end -}}
+{{- if and .Values.autoscaler.enabled (not .Values.ray.autoscaler.enabled) -}}
+{{- fail "autoscaler.enabled needs ray.autoscaler.enabled=true, or no pod comes for a new worker" -}}
+{{- end -}}
 {{- if eq .Values.frontend.port .Values.frontend.grpcPort -}}
 {{- fail "frontend.port and frontend.grpcPort must differ" -}}
 {{- end -}}

@@ -23,6 +23,8 @@
 {{- define "disagg.poolConfig" -}}
 {{- $pool := .pool -}}
 replicas: {{ $pool.replicas }}
+min_replicas: {{ include "disagg.minReplicas" $pool }}
+max_replicas: {{ include "disagg.maxReplicas" $pool }}
 tensor_parallel_size: {{ $pool.tensorParallelSize }}
 threads: {{ include "disagg.threads" $pool }}
 pin_threads: {{ $pool.pinThreads }}
@@ -78,8 +80,18 @@ prefill:
   {{- include "disagg.poolConfig" (dict "name" "prefill" "pool" $v.prefill) | nindent 2 }}
 decode:
   {{- include "disagg.poolConfig" (dict "name" "decode" "pool" $v.decode) | nindent 2 }}
+{{- with $v.autoscaler }}
+autoscaler:
+  enabled: {{ .enabled }}
+  max_workers: {{ .maxWorkers | int64 }}
+  slo_ttft_s: {{ .sloTtftSeconds }}
+  slo_tpot_s: {{ .sloTpotSeconds }}
+  look_back_s: {{ .lookBackSeconds }}
+  settle_s: {{ .settleSeconds }}
+{{- end }}
 router:
   policy: {{ $v.router.policy }}
+  local_prefill: {{ $v.router.localPrefill }}
   heartbeat_s: {{ $v.router.heartbeatSeconds }}
   dead_after_s: {{ $v.router.deadAfterSeconds }}
   max_resumes: {{ $v.router.maxResumes }}

@@ -53,7 +53,7 @@ VARIED: dict[str, dict[str, Any]] = {
     "transfer": {"transfer": {"kvTransport": "grpc", "leaseSeconds": 2.5, "pullTimeoutSeconds": 30}},
     "tls": {"tls": {"enabled": True, "existingSecret": "disagg-tls"}},
     "many workers": {"prefill": {"replicas": 4}, "decode": {"replicas": 8}},
-    "replica bounds": {"prefill": {"replicas": 2, "minReplicas": 0, "maxReplicas": 9}},
+    "replica bounds": {"prefill": {"replicas": 2, "minReplicas": 1, "maxReplicas": 9}},
     "gpus": {"prefill": {"gpu": _GPU}, "decode": {"gpu": {"enabled": True, "resourceName": "amd.com/gpu"}}},
     "tensor parallel": {"prefill": {"gpu": _GPU, "tensorParallelSize": 4}},
     "node selection": {
@@ -132,6 +132,11 @@ VARIED: dict[str, dict[str, Any]] = {
     },
     "no upgrades": {"ray": {"upgrade": {"type": "None", "deletionDelaySeconds": 0}}},
     "autoscaler": {"ray": {"autoscaler": {"enabled": True}}, "decode": {"maxReplicas": 4}},
+    "our autoscaler": {
+        "autoscaler": {"enabled": True, "maxWorkers": 12, "sloTtftSeconds": 0.5},
+        "ray": {"autoscaler": {"enabled": True}},
+        "decode": {"maxReplicas": 8},
+    },
     "redis": {
         "ray": {
             "gcsFaultTolerance": {
@@ -250,6 +255,10 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
         "transfer.leaseSeconds: Must be greater than 0",
     ),
     "tls without certificates": ({"tls": {"enabled": True}}, "tls.existingSecret: String length must be"),
+    "our autoscaler alone": (
+        {"autoscaler": {"enabled": True}},
+        "autoscaler.enabled needs ray.autoscaler.enabled=true",
+    ),
     "unknown policy": ({"router": {"policy": "random"}}, "router.policy must be one of"),
     "dead before late": (
         {"router": {"heartbeatSeconds": 5}},

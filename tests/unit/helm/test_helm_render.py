@@ -180,6 +180,17 @@ def test_each_value_reaches_the_configuration() -> None:
     assert (front.max_body_bytes, front.request_timeout_s) == (2048, 30)
 
 
+def test_bounds_of_a_pool_are_those_of_its_group() -> None:
+    objects = render(VARIED["our autoscaler"])
+    config = parse_config(serve_config(objects)["applications"][0]["args"])
+    assert (config.autoscaler.enabled, config.autoscaler.max_workers) == (True, 12)
+    assert config.autoscaler.slo_ttft_s == 0.5
+    groups = the(objects, "RayService")["spec"]["rayClusterConfig"]["workerGroupSpecs"]
+    decode = next(group for group in groups if group["groupName"] == "decode")
+    assert (decode["minReplicas"], decode["maxReplicas"]) == (1, 8)
+    assert (config.decode.min_replicas, config.decode.max_replicas) == (1, 8)
+
+
 @pytest.mark.parametrize(
     ("resources", "threads"),
     [

@@ -7,12 +7,15 @@ import json
 import sys
 from collections.abc import Iterator
 from types import ModuleType
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import yaml
 from chart_support import CHART, ROOT, refusal
 from chart_values import WRONG
+from pydantic.fields import FieldInfo
+
+from disagg.config import EngineConfig, ModelConfig, RouterConfig, TransferConfig
 
 
 @pytest.mark.parametrize(("values", "message"), WRONG.values(), ids=WRONG.keys())
@@ -92,6 +95,21 @@ def test_the_schema_knows_exactly_the_keys_of_the_values() -> None:
                 compare(inner, (*path, key))
 
     compare(values, ())
+
+
+@pytest.mark.parametrize(
+    ("path", "field"),
+    [
+        ("router.policy", RouterConfig.model_fields["policy"]),
+        ("transfer.kvTransport", TransferConfig.model_fields["kv_transport"]),
+        ("model.dtype", ModelConfig.model_fields["dtype"]),
+        ("engine.kernels", EngineConfig.model_fields["kernels"]),
+    ],
+)
+def test_the_schema_offers_the_choices_that_the_program_has(path: str, field: FieldInfo) -> None:
+    schema = json.loads((CHART / "values.schema.json").read_text())
+    node = _schema_properties(schema, tuple(path.split(".")))
+    assert set(node["enum"]) == set(get_args(field.annotation))
 
 
 def test_the_contract_s_top_level_keys_are_there() -> None:
