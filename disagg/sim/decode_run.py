@@ -78,6 +78,7 @@ class DecodeRun:
         seq = self._engine._sequences.get(request_id)
         if (
             seq is not None
+            and seq not in self._members
             and seq.status is SequenceStatus.RUNNING
             and seq.num_uncomputed_tokens == 1
             and len(seq.token_ids) > seq.request.num_prompt_tokens
@@ -236,3 +237,8 @@ class DecodeRun:
             seq.block_table += blocks
         if steps:
             self._scheduler.advance(seq, steps)
+
+
+def num_tokens(engine: Engine) -> dict[str, int]:
+    """Return the tokens, prompt and output, of each request in an engine that is up to date."""
+    return {request_id: len(seq.token_ids) for request_id, seq in engine._sequences.items()}

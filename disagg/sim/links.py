@@ -20,20 +20,45 @@ class Network(Protocol):
         """Move bytes from one worker to another and call `done` when the last one has arrived."""
         ...
 
+    def set_bandwidth(self, worker: str, bandwidth: float) -> None:
+        """Change a worker's link, bytes/s in each direction."""
+        ...
+
+    def drop(self, worker: str) -> None:
+        """End all transfers from and to a worker that is gone; they are never done."""
+        ...
+
 
 class PrivateLinks:
-    """Every transfer has the whole bandwidth, as in splitwise-sim. bandwidth: worker id -> bytes/s."""
+    """Every transfer has the whole bandwidth, as in splitwise-sim. bandwidth: worker id -> bytes/s.
+
+    A transfer keeps the bandwidth that it began with.
+    """
 
     def __init__(self, loop: EventLoop, bandwidth: dict[str, float], latency_s: float = 0.0) -> None:
         self._loop = loop
-        self._bandwidth = bandwidth
+        self._bandwidth = dict(bandwidth)
         self._latency_s = latency_s
+        self._drops = dict.fromkeys(bandwidth, 0)
         self.num_bytes = 0.0
 
     def send(self, source: str, target: str, num_bytes: float, done: Done) -> None:
         self.num_bytes += num_bytes
         slower = min(self._bandwidth[source], self._bandwidth[target])
-        self._loop.at(self._loop.now + self._latency_s + num_bytes / slower, _call, done)
+        drops = self._drops[source] + self._drops[target]
+        end = self._loop.now + self._latency_s + num_bytes / slower
+        self._loop.at(end, self._end, (source, target, drops, done))
+
+    def _end(self, transfer: tuple[str, str, int, Done]) -> None:
+        source, target, drops, done = transfer
+        if drops == self._drops[source] + self._drops[target]:
+            done()
+
+    def set_bandwidth(self, worker: str, bandwidth: float) -> None:
+        self._bandwidth[worker] = bandwidth
+
+    def drop(self, worker: str) -> None:
+        self._drops[worker] += 1
 
 
 def _call(done: Done) -> None:
@@ -82,6 +107,16 @@ class SharedLinks:
         flow.into.flows[flow] = None
         self._share(flow)
 
+    def set_bandwidth(self, worker: str, bandwidth: float) -> None:
+        for end in (self._out[worker], self._in[worker]):
+            end.bandwidth = bandwidth
+            for flow in end.flows:
+                self._set_rate(flow)
+
+    def drop(self, worker: str) -> None:
+        for flow in (*self._out[worker].flows, *self._in[worker].flows):
+            self._remove(flow)
+
     def _share(self, changed: _Flow) -> None:
         """Set new rates for all transfers that meet a changed one at either end."""
         for flow in changed.out.flows:
@@ -104,10 +139,13 @@ class SharedLinks:
         flow, version = event
         if version != flow.version:
             return
-        del flow.out.flows[flow], flow.into.flows[flow]
-        flow.version += 1
-        self._share(flow)
+        self._remove(flow)
         if self._latency_s:
             self._loop.at(self._loop.now + self._latency_s, _call, flow.done)
         else:
             flow.done()
+
+    def _remove(self, flow: _Flow) -> None:
+        del flow.out.flows[flow], flow.into.flows[flow]
+        flow.version += 1
+        self._share(flow)

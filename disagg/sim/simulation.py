@@ -7,12 +7,15 @@ The story is the orchestrator's (disagg.service.orchestrator), without its async
                                     ▼                                                      ▼
                                  finished ◄──────────────────────── decode ◄── activate, release on P
 
-No request is placed, batched, admitted or preempted by code of this package.
+A lost decode worker, or prefill worker before its first token, sends a request back to Router.place with the
+tokens so far; a prefill worker lost later lets decode compute the KV itself. No request is placed, batched,
+admitted or preempted by code of this package.
 """
 
 from __future__ import annotations
 
 import gc
+import math
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -26,6 +29,8 @@ from disagg.routing.types import PlacementRequest
 from disagg.sim.costs.base import CostModel
 from disagg.sim.decode_run import OUTPUT_TOKEN
 from disagg.sim.events import EventLoop
+from disagg.sim.faults import schedule_faults
+from disagg.sim.frontend import FrontEnd
 from disagg.sim.gaps import Gaps
 from disagg.sim.links import Network, PrivateLinks, SharedLinks
 from disagg.sim.pipeline import Pipeline
@@ -38,11 +43,19 @@ from disagg.workload import TimedRequest, Workload
 _FRONTEND = "sim"
 _MODEL = "sim"
 _PROGRESS_EVERY = 2048
+# As disagg.service.orchestrator has it, which can't be imported without asyncio and gRPC.
+RETRY_DELAY_S = 0.05
 
 
 @dataclass(slots=True, eq=False)
 class _Story:
-    """One request on its way. attempt: numbers its submissions, as the orchestrator does."""
+    """One request on its way.
+
+    attempts: numbers its submissions, as the orchestrator does. placements: numbers its placements, so that
+    what was set in motion for an earlier one is void. prefill: None once its KV there is lost. cached: tokens
+    of a reservation that need no copy. sent_in_vain: KV went to a decode worker that is lost.
+    stalled_at: when its last worker was lost.
+    """
 
     index: int
     request: TimedRequest
@@ -52,7 +65,14 @@ class _Story:
     decode: SimWorker | None = None
     prefill_id: str = ""
     decode_id: str = ""
+    attempts: int = 0
+    placements: int = 0
+    cached: int = 0
     held_at: float = 0.0
+    stalled_at: float | None = None
+    held: bool = False
+    pulling: bool = False
+    sent_in_vain: bool = False
     streaming: bool = False
     streamed: bool = False
     lost: list[str] = field(default_factory=list)
@@ -86,8 +106,10 @@ class Simulation:
             [item.prompt_tokens for item in requests],
             [item.output_tokens for item in requests],
         )
-        self.router = Router(
-            spec.router, random.Random(seed), policy=policy, max_charges=max(100_000, len(requests))
+        rng, max_charges = random.Random(seed), max(100_000, len(requests))
+        self.frontend = FrontEnd(
+            lambda: Router(spec.router, rng, policy=policy, max_charges=max_charges),
+            dead_after_s=spec.router.dead_after_s,
         )
         # Where no two requests share content nothing is ever found, so nothing needs to be hashed.
         self._hashing = spec.engine.enable_prefix_caching and any(item.block_ids for item in requests)
@@ -102,6 +124,9 @@ class Simulation:
         self._params: dict[int, SamplingParams] = {}
         self._next = 0
         self._on_progress = on_progress
+        # Workers whose loss has been noticed.
+        self._gone: set[str] = set()
+        schedule_faults(spec.faults, self, self.loop, set(self.workers))
 
     def _make_workers(self, fast: bool) -> dict[str, SimWorker]:
         workers: dict[str, SimWorker] = {}
@@ -203,8 +228,8 @@ class Simulation:
             load = worker.engine.load()
             if load.kv_blocks_used or load.num_running or load.num_waiting or load.num_held:
                 raise AssertionError(f"{worker.info.worker_id} is not empty: {load}")
-        if self.router.view.num_charges:
-            raise AssertionError(f"the router still counts {self.router.view.num_charges} requests")
+        if self.frontend.num_charges:
+            raise AssertionError(f"the router still counts {self.frontend.num_charges} requests")
 
     def _await_arrival(self) -> None:
         if self._next < len(self.workload.requests):
@@ -248,35 +273,54 @@ class Simulation:
             excluded=tuple(story.lost),
         )
         try:
-            placement = self.router.place(wanted, self.loop.now)
+            placement = self.frontend.ask(wanted, self.loop.now)
         except DisaggError as error:
             self._end(story, _outcome_of(error))
             return
         story.prefill = self.workers[placement.prefill_worker]
         story.decode = self.workers[placement.decode_worker]
+        story.placements += 1
+        story.held = story.pulling = story.streaming = story.streamed = story.sent_in_vain = False
         self._after(self.spec.overheads.request_ms, self._submit, story)
 
     def _after(self, delay_ms: float, action: Callable[[_Story], None], story: _Story) -> None:
         if delay_ms:
-            self.loop.at(self.loop.now + delay_ms / 1000, action, story)
+            done = self._unless_moved(story, action)
+            self.loop.at(self.loop.now + delay_ms / 1000, lambda _: done())
         else:
             action(story)
 
-    def _submit(self, story: _Story) -> None:
-        assert story.prefill is not None
-        story.prefill_id = f"{story.request_id}#1"
-        self._stories[story.prefill_id] = story
-        story.prefill.add(
-            self._engine_request(story, story.prefill_id), hold=story.prefill is not story.decode
-        )
+    @staticmethod
+    def _unless_moved(story: _Story, action: Callable[[_Story], None]) -> Callable[[], None]:
+        """Return a call of `action` that does nothing once the request was placed again."""
+        placements = story.placements
 
-    def _engine_request(self, story: _Story, request_id: str) -> Request:
+        def act() -> None:
+            if story.placements == placements:
+                action(story)
+
+        return act
+
+    def _submit(self, story: _Story) -> None:
+        worker = story.prefill
+        assert worker is not None
+        if worker.info.worker_id in self._gone:
+            self._resume(story, worker)
+            return
+        request = self._engine_request(story)
+        story.prefill_id = request.request_id
+        self._stories[story.prefill_id] = story
+        worker.add(request, hold=worker is not story.decode)
+
+    def _engine_request(self, story: _Story) -> Request:
         request = story.request
+        story.attempts += 1
         params = self._params.get(request.output_tokens)
         if params is None:
             params = self._params[request.output_tokens] = SamplingParams(
                 temperature=0, max_tokens=request.output_tokens, ignore_eos=True, seed=0
             )
+        request_id = f"{story.request_id}#{story.attempts}"
         return Request(request_id, story.tokens, request.prompt_tokens, params)
 
     # -- what workers say (see worker.Listener) ------------------------------------------------------
@@ -293,16 +337,21 @@ class Simulation:
             self._end(story, Outcome.DONE if reason is FinishReason.LENGTH else Outcome.ERROR)
         elif output.held:
             story.tokens.append(OUTPUT_TOKEN)
+            story.held = True
             story.held_at = self.loop.now
             self._after(self.spec.overheads.handoff_ms, self._hand_off, story)
 
     def _first_token(self, story: _Story, output: StepOutput) -> None:
         records, index = self.records, story.index
-        records.first_token[index] = self.loop.now
-        records.queued[index] = output.queued_s or 0.0
-        records.prefill[index] = output.prefill_s or 0.0
-        records.cached_tokens[index] = output.num_cached_tokens
-        self.router.prefilled(story.request_id)
+        self.frontend.prefilled(story.request_id)
+        if story.stalled_at is not None:
+            self.gaps.add(self.loop.now - story.stalled_at, 1)
+            story.stalled_at = None
+        if math.isnan(records.first_token[index]):
+            records.first_token[index] = self.loop.now
+            records.queued[index] = output.queued_s or 0.0
+            records.prefill[index] = output.prefill_s or 0.0
+            records.cached_tokens[index] = output.num_cached_tokens
 
     def on_refused(self, worker: SimWorker, request_id: str, error: DisaggError) -> None:
         story = self._stories.pop(request_id)
@@ -312,7 +361,7 @@ class Simulation:
         self._end(story, _outcome_of(error))
 
     def _end(self, story: _Story, outcome: Outcome) -> None:
-        self.router.finished(story.request_id)
+        self.frontend.finished(story.request_id)
         records = self.records
         records.end(story.index, outcome, self.loop.now)
         ended = records.num_ended
@@ -328,36 +377,48 @@ class Simulation:
         if story.streaming or story.decode is None:
             return
         story.streaming = True
+        if not story.decode.alive:
+            story.sent_in_vain = True
+            return
         num_bytes = len(story.tokens) * self._kv_bytes * (1 - self._last_layer)
-        self.network.send(
-            worker.info.worker_id, story.decode.info.worker_id, num_bytes, lambda: self._streamed(story)
-        )
+        done = self._unless_moved(story, self._streamed)
+        self.network.send(worker.info.worker_id, story.decode.info.worker_id, num_bytes, done)
 
     def _streamed(self, story: _Story) -> None:
         story.streamed = True
-        if len(story.tokens) > story.request.prompt_tokens:
-            self._send(story, self._last_layer, lambda: self._submit_decode(story))
+        if story.held:
+            self._send(story, self._last_layer, self._submit_decode)
 
     def _hand_off(self, story: _Story) -> None:
-        if self._handoff == "serial":
+        assert story.decode is not None
+        lost = story.sent_in_vain or story.decode.info.worker_id in self._gone
+        if self._handoff == "serial" or lost:
             self._submit_decode(story)
-        elif self._handoff == "push":
-            self._send(story, 1.0, lambda: self._submit_decode(story))
+        elif self._handoff == "push" or not story.streaming:
+            self._send(story, 1.0, self._submit_decode)
         elif story.streamed:
-            self._send(story, self._last_layer, lambda: self._submit_decode(story))
+            self._send(story, self._last_layer, self._submit_decode)
 
-    def _send(self, story: _Story, share: float, done: Callable[[], None]) -> None:
+    def _send(self, story: _Story, share: float, action: Callable[[_Story], None]) -> None:
         """Move this share of the KV of a request's computed tokens from its prefill to its decode worker."""
         assert story.prefill is not None and story.decode is not None
+        if not story.prefill.alive or not story.decode.alive:
+            return  # nobody has noticed yet; then the request goes on
         num_bytes = (len(story.tokens) - 1) * self._kv_bytes * share
-        self.network.send(story.prefill.info.worker_id, story.decode.info.worker_id, num_bytes, done)
+        source, target = story.prefill.info.worker_id, story.decode.info.worker_id
+        self.network.send(source, target, num_bytes, self._unless_moved(story, action))
 
     def _submit_decode(self, story: _Story) -> None:
-        assert story.decode is not None
-        story.decode_id = f"{story.request_id}#2"
+        worker = story.decode
+        assert worker is not None
+        if worker.info.worker_id in self._gone or story.sent_in_vain:
+            story.stalled_at = story.held_at
+            self._resume(story, worker)
+            return
+        request = self._engine_request(story)
+        story.decode_id = request.request_id
         self._stories[story.decode_id] = story
-        request = self._engine_request(story, story.decode_id)
-        story.decode.add(request, remote_kv=len(story.tokens) - 1)
+        worker.add(request, remote_kv=len(story.tokens) - 1, since=story.held_at)
 
     def on_reservation(self, worker: SimWorker, reservation: Reservation) -> None:
         story = self._stories.get(reservation.request_id)
@@ -366,17 +427,27 @@ class Simulation:
         if self._handoff != "serial":
             self._received(story)
             return
-        missing = len(story.tokens) - 1 - reservation.num_cached_tokens
+        story.cached = reservation.num_cached_tokens
+        missing = len(story.tokens) - 1 - story.cached
         if missing <= 0:
             self._received(story)
-            return
-        share = missing / (len(story.tokens) - 1)
-        self._send(story, share, lambda: self._pulled(story))
+        elif story.prefill is None:
+            self._recompute(story)
+        else:
+            story.pulling = True
+            self._send(story, missing / (len(story.tokens) - 1), self._pulled)
 
     def _pulled(self, story: _Story) -> None:
         assert story.decode is not None
+        story.pulling = False
         self._received(story)
         story.decode.activate(story.decode_id, len(story.tokens) - 1)
+
+    def _recompute(self, story: _Story) -> None:
+        """The KV can't be had any more: the decode worker computes what it has not cached."""
+        assert story.decode is not None
+        self.records.transfer[story.index] = self.loop.now - story.held_at
+        story.decode.activate(story.decode_id, story.cached)
 
     def _received(self, story: _Story) -> None:
         """The decode worker has it all: the prefill worker may let go."""
@@ -385,21 +456,123 @@ class Simulation:
         if story.prefill is not None and self._stories.pop(story.prefill_id, None) is not None:
             story.prefill.release(story.prefill_id)
 
+    # -- faults (see faults.Target) ------------------------------------------------------------------
+
+    def lose_worker(self, worker_id: str, detect_s: float) -> None:
+        worker = self.workers[worker_id]
+        if not worker.alive:
+            return
+        num_tokens = worker.die()
+        self.network.drop(worker_id)
+        died_at, incarnation = self.loop.now, worker.info.incarnation
+        self._after_s(detect_s, lambda: self._notice_loss(worker, incarnation, num_tokens, died_at))
+
+    def _after_s(self, delay_s: float, action: Callable[[], None]) -> None:
+        if delay_s:
+            self.loop.at(self.loop.now + delay_s, lambda _: action())
+        else:
+            action()
+
+    def _notice_loss(
+        self, worker: SimWorker, incarnation: str, num_tokens: dict[str, int], died_at: float
+    ) -> None:
+        """What followed requests on a worker hears that it is gone; `num_tokens`: what they had by then."""
+        self._gone.add(worker.info.worker_id)
+        self.frontend.worker_left(worker.info.worker_id, incarnation)
+        for request_id, story in list(self._stories.items()):
+            on_prefill, on_decode = request_id == story.prefill_id, request_id == story.decode_id
+            if worker is story.decode and (on_decode or (on_prefill and worker is story.prefill)):
+                self._add_tokens(story, num_tokens.get(request_id, 0))
+                if len(story.tokens) > story.request.prompt_tokens:
+                    story.stalled_at = died_at
+                self._resume(story, worker)
+            elif worker is story.prefill and on_prefill:
+                self._lose_prefill(story, worker)
+            elif worker is story.decode and on_prefill:
+                self._lose_target(story, worker)
+
+    @staticmethod
+    def _add_tokens(story: _Story, num_tokens: int) -> None:
+        story.tokens += [OUTPUT_TOKEN] * (num_tokens - len(story.tokens))
+
+    def _lose_prefill(self, story: _Story, worker: SimWorker) -> None:
+        if not story.held or self._handoff != "serial":
+            story.stalled_at = story.held_at if story.held else None
+            self._resume(story, worker)
+            return
+        del self._stories[story.prefill_id]
+        story.prefill = None
+        self.records.resumes[story.index] += 1
+        if story.decode_id in self._stories and story.pulling:
+            self._recompute(story)
+
+    def _lose_target(self, story: _Story, worker: SimWorker) -> None:
+        """The decode worker is gone before it had the request. Unless KV went to it, that shows later."""
+        if self._handoff == "serial" or story.decode_id in self._stories:
+            return
+        story.sent_in_vain = True
+        if story.held:
+            self._submit_decode(story)
+
+    def _resume(self, story: _Story, lost: SimWorker) -> None:
+        """Place a request again, with the tokens so far; as Orchestrator._note_loss."""
+        if self._stories.pop(story.prefill_id, None) is not None and story.prefill is not lost:
+            assert story.prefill is not None
+            story.prefill.release(story.prefill_id)
+        self._stories.pop(story.decode_id, None)
+        story.prefill = story.decode = None
+        story.placements += 1
+        story.lost.append(lost.info.worker_id)
+        self.records.resumes[story.index] += 1
+        if len(story.lost) > self.spec.router.max_resumes:
+            self._end(story, Outcome.NO_CAPACITY)
+        else:
+            self.loop.at(self.loop.now + RETRY_DELAY_S, self._ask_router, story)
+
+    def replace_worker(self, worker_id: str) -> None:
+        worker = self.workers[worker_id]
+        if worker.alive:
+            return
+        worker.replace()
+        self._gone.discard(worker_id)
+        self._report((worker, worker.info))
+
+    def set_slowdown(self, worker_id: str, factor: float) -> None:
+        self.workers[worker_id].slow_down(factor)
+
+    def set_link(self, worker_id: str, divisor: float) -> None:
+        pool = self.spec.pools[self.workers[worker_id].pool]
+        self.network.set_bandwidth(worker_id, self.spec.bandwidth_of(pool) / divisor)
+
+    def lose_router(self) -> None:
+        self.frontend.lose_router(self.loop.now)
+
+    def restart_router(self) -> None:
+        self.frontend.restart_router(self.loop.now)
+
     # -- reports -------------------------------------------------------------------------------------
 
     def _start_reports(self) -> None:
         """Let workers report as live ones do: on joining, then every heartbeat, each at its own moment."""
         period, count = self.spec.router.heartbeat_s, len(self.workers)
         for number, worker in enumerate(self.workers.values()):
-            self.router.worker_report(worker.report(with_blocks=self._hashing), 0.0)
-            self.loop.at(period * (number + 1) / count, self._report, worker)
+            self._tell_router(worker)
+            self.loop.at(period * (number + 1) / count, self._report, (worker, worker.info))
 
-    def _report(self, worker: SimWorker) -> None:
-        if not worker.alive or self.records.num_ended == len(self.records):
+    def _tell_router(self, worker: SimWorker) -> None:
+        if self.frontend.router is None:
             return
-        now = self.loop.now
-        self.router.worker_report(worker.report(with_blocks=self._hashing), now)
-        self.loop.at(now + self.spec.router.heartbeat_s, self._report, worker)
+        now, with_blocks = self.loop.now, self._hashing
+        if self.frontend.worker_report(worker.report(with_blocks=with_blocks), now):
+            self.frontend.worker_report(worker.report(with_blocks=with_blocks, snapshot=True), now)
+
+    def _report(self, who: tuple[SimWorker, WorkerInfo]) -> None:
+        worker, info = who
+        over = self.records.num_ended == len(self.records)
+        if over or not worker.alive or worker.info is not info:
+            return
+        self._tell_router(worker)
+        self.loop.at(self.loop.now + self.spec.router.heartbeat_s, self._report, who)
 
 
 def _outcome_of(error: DisaggError) -> Outcome:

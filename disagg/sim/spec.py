@@ -9,6 +9,7 @@ links: {bandwidth_gb_s: 50, sharing: shared, handoff: serial}
 engine: {max_num_seqs: 256, max_num_batched_tokens: 2048}     # as for `disagg serve`
 router: {policy: prefix_aware}                                 # as for `disagg serve`
 objectives: {ttft_ms: 500, tpot_ms: 50}
+faults: [{kind: worker_loss, worker: decode-0, at_s: 60, for_s: 30}]      # see disagg.sim.faults
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from disagg.sim.costs.free import FreeCost
 from disagg.sim.costs.profile import load_profile
 from disagg.sim.costs.roofline import RooflineCost
 from disagg.sim.costs.table import BATCH_TOKENS, load_table
+from disagg.sim.faults import Fault
 from disagg.sim.hardware import HARDWARE, MODELS, Hardware, ModelShape, kv_token_capacity
 from disagg.types import Role
 
@@ -154,6 +156,7 @@ class SimSpec(_Frozen):
     router: RouterConfig = RouterConfig()
     objectives: ObjectiveSpec = ObjectiveSpec()
     overheads: OverheadSpec = OverheadSpec()
+    faults: tuple[Fault, ...] = ()
     max_model_len: int = Field(1_000_000, ge=2)
 
     @field_validator("model")

@@ -31,7 +31,8 @@ def summarize(simulation: Simulation) -> dict[str, Any]:
         "transfer": _transfer(simulation, duration),
         "cost": _cost(simulation, duration, output_tokens),
         "placements": {
-            f"{policy}/{kind}": count for (policy, kind), count in sorted(simulation.router.counters.items())
+            f"{policy}/{kind}": count
+            for (policy, kind), count in sorted(simulation.frontend.placements.items())
         },
     }
 
@@ -110,7 +111,7 @@ def _pools(simulation: Simulation, duration: float) -> dict[str, Any]:
         workers = [worker for worker in simulation.workers.values() if worker.pool == name]
         if not workers:
             continue
-        usages, counters = [w.usage for w in workers], [w.engine.counters for w in workers]
+        usages, counters = [w.usage for w in workers], [w.counters for w in workers]
         busy = np.array([usage.busy_s for usage in usages]) / (duration or 1.0)
         decode_steps = sum(usage.decode_steps for usage in usages)
         output_tokens = sum(usage.output_tokens for usage in usages)

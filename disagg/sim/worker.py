@@ -3,7 +3,7 @@
     idle ──command──► apply ──has_work──► step in flight ──its seconds later──► update, report ─┐
                         ▲──────────────────────────────────────────────────────────────────────┘
 
-As in the live worker, commands (add, release, activate, abort) wait for the end of the step in flight.
+As in the live worker, commands (add, release, activate) wait for the end of the step in flight.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ from dataclasses import dataclass, replace
 from typing import Protocol
 
 from disagg.config import EngineConfig
-from disagg.engine.engine import Engine, Reservation
+from disagg.engine.engine import Counters, Engine, Reservation
 from disagg.engine.runner import Batch, ScheduledSequence
 from disagg.errors import DisaggError
 from disagg.hashing import short_hash
 from disagg.routing.types import BlockEvents, WorkerReport
 from disagg.sim.costs.base import Chunk, CostModel
-from disagg.sim.decode_run import SAMPLED, DecodeRun
+from disagg.sim.decode_run import SAMPLED, DecodeRun, num_tokens
 from disagg.sim.events import EventLoop
 from disagg.sim.gaps import Gaps
 from disagg.sim.pipeline import Pipeline
@@ -71,8 +71,8 @@ class SimWorker:
     """One worker. fast: take runs of decode steps as one, see disagg.sim.decode_run.
 
     arrived: KV of a hand-off is there before its request is added, so a reservation is active at once.
-    slowdown: factor on every step's seconds, of steps that begin from now on. pipeline: stages that its steps
-    pass and share with other engines; such steps are taken singly.
+    pipeline: stages that its steps pass and share with other engines; such steps are taken singly. info: its
+    incarnation changes when it is replaced. usage: over all incarnations.
     """
 
     def __init__(
@@ -93,8 +93,25 @@ class SimWorker:
         self.info = info
         self.pool = pool
         self.usage = Usage()
-        self.slowdown = 1.0
         self.watch_prefills = watch_prefills
+        self._config = config
+        self._cost = cost
+        self._loop = loop
+        self._listener = listener
+        self._gaps = gaps
+        self._pipeline = pipeline
+        self._leaps = fast and pipeline is None
+        self._arrived = arrived
+        self._slowdown = 1.0
+        self._lines: dict[int, tuple[float, float]] = {}
+        # Of the event that ends the step in flight; a leg that is cut short gets another.
+        self._version = 0
+        self._past = Counters(0, 0, 0)
+        self._start()
+
+    def _start(self) -> None:
+        """Begin with nothing, as a process does."""
+        info, config = self.info, self._config
         self.engine = Engine(
             config,
             VirtualRunner(),
@@ -103,27 +120,24 @@ class SimWorker:
             hash_model=info.model_fingerprint,
             eos_token_ids=(),
         )
-        self._cost = cost
-        self._loop = loop
-        self._listener = listener
-        self._gaps = gaps
-        self._pipeline = pipeline
-        leaps = fast and pipeline is None
-        self._run = DecodeRun(self.engine, hashing=config.enable_prefix_caching) if leaps else None
-        self._arrived = arrived
+        self._run = DecodeRun(self.engine, hashing=config.enable_prefix_caching) if self._leaps else None
         self._commands: list[Callable[[], None]] = []
         self._in_flight = False
-        self._lines: dict[int, tuple[float, float]] = {}
         # What the step in flight computes besides the decodes of the run.
         self._items: list[ScheduledSequence] = []
-        # Of the event that ends the step in flight; a leg that is cut short gets another.
-        self._version = 0
+        # When requests that were handed over had their last token, and how long that is ago for those whose
+        # next one comes with the step in flight.
+        self._since: dict[str, float] = {}
+        self._late: list[float] = []
         self._alive = True
         self._num_reports = 0
 
     # -- commands ------------------------------------------------------------------------------------
 
-    def add(self, request: Request, *, hold: bool = False, remote_kv: int = 0) -> None:
+    def add(self, request: Request, *, hold: bool = False, remote_kv: int = 0, since: float = 0.0) -> None:
+        """Queue a request. since: where KV is to come, when its last token was out."""
+        if remote_kv:
+            self._since[request.request_id] = since
         self._command(lambda: self._add(request, hold, remote_kv))
 
     def _add(self, request: Request, hold: bool, remote_kv: int) -> None:
@@ -132,6 +146,7 @@ class SimWorker:
         try:
             self.engine.add(request, now=self._loop.now, hold=hold, remote_kv=remote_kv)
         except DisaggError as error:
+            self._since.pop(request.request_id, None)
             self._listener.on_refused(self, request.request_id, error)
 
     def release(self, request_id: str) -> None:
@@ -142,11 +157,20 @@ class SimWorker:
 
     def _activate(self, request_id: str, num_computed_tokens: int) -> None:
         self.engine.activate(request_id, num_computed_tokens, self._loop.now)
+        self._handed_over(request_id)
         if self._run is not None:
             self._run.join_if_ready(request_id)
 
-    def abort(self, request_id: str) -> None:
-        self._command(lambda: _drop(self.engine.abort(request_id)))
+    def _handed_over(self, request_id: str) -> None:
+        since = self._since.pop(request_id, None)
+        if since is not None:
+            self._late.append(self._loop.now - since)
+
+    def slow_down(self, factor: float) -> None:
+        """Let every step that begins from now on take `factor` times as long."""
+        self._slowdown = factor
+        # A leg of many steps ends with the one that runs.
+        self._command(_nothing)
 
     def _command(self, command: Callable[[], None]) -> None:
         if not self._alive:
@@ -237,7 +261,7 @@ class SimWorker:
                 line = self._lines[run.size] = self._cost.decode_line(run.size)
             fixed, slope = line
         self._items = items
-        end = run.begin(self._loop.now, fixed * self.slowdown, slope * self.slowdown, single=single)
+        end = run.begin(self._loop.now, fixed * self._slowdown, slope * self._slowdown, single=single)
         self._version += 1
         self._loop.at(end, self._end_leg, self._version)
 
@@ -262,16 +286,16 @@ class SimWorker:
         decodes = [item.seq for item in batch.items if _is_decode(item)]
         chunks = self._chunks([item for item in batch.items if not _is_decode(item)])
         context = sum(len(seq.token_ids) for seq in decodes)
-        seconds = self._cost.step_s(chunks, len(decodes), context) * self.slowdown
-        self._count(1, seconds, len(decodes))
+        seconds = self._cost.step_s(chunks, len(decodes), context) * self._slowdown
         self._version += 1
         now = self._loop.now
         end = now + seconds if self._pipeline is None else self._pipeline.enter(now, seconds)
-        self._loop.at(end, self._end_exact, (batch, self._version))
+        self._loop.at(end, self._end_exact, (batch, self._version, seconds, len(decodes)))
 
-    def _end_exact(self, event: tuple[Batch, int]) -> None:
-        batch, version = event
+    def _end_exact(self, event: tuple[Batch, int, float, int]) -> None:
+        batch, version, seconds, num_decodes = event
         if version == self._version:
+            self._count(1, seconds, num_decodes)
             sampled = [SAMPLED if item.samples else None for item in batch.items]
             self._after_step(self.engine.update(batch, sampled, self._loop.now))
 
@@ -292,7 +316,13 @@ class SimWorker:
         if num_decodes:
             usage.decode_steps += steps
             usage.output_tokens += steps * num_decodes
-            self._gaps.add(seconds / steps, steps * num_decodes)
+            step_s = seconds / steps
+            late = self._late
+            self._gaps.add(step_s, steps * num_decodes - len(late))
+            if late:
+                for waited in late:
+                    self._gaps.add(waited + step_s, 1)
+                self._late = []
 
     def _after_step(self, outputs: list[StepOutput]) -> None:
         self._report_reservations()
@@ -312,15 +342,16 @@ class SimWorker:
         """Activate what was just reserved, since its KV is here; return whose that was."""
         reservations = self.engine.take_reservations()
         for reservation in reservations:
-            num_tokens = len(reservation.block_ids) * self.info.block_size
+            received = len(reservation.block_ids) * self.info.block_size
             self._listener.on_reservation(self, reservation)
-            self.engine.activate(reservation.request_id, num_tokens, self._loop.now)
+            self.engine.activate(reservation.request_id, received, self._loop.now)
+            self._handed_over(reservation.request_id)
         return [reservation.request_id for reservation in reservations]
 
     # -- state ---------------------------------------------------------------------------------------
 
-    def report(self, *, with_blocks: bool) -> WorkerReport:
-        """Return what a live worker's heartbeat says now."""
+    def report(self, *, with_blocks: bool, snapshot: bool = False) -> WorkerReport:
+        """Return what a live worker's heartbeat says now. snapshot: of its blocks, all that it has."""
         run, lagging = self._run, 0
         if run is not None:
             if self._in_flight:
@@ -332,7 +363,7 @@ class SimWorker:
         load = self.engine.load()
         if lagging:
             load = replace(load, kv_blocks_used=load.kv_blocks_used + lagging)
-        blocks = self._block_events() if with_blocks else None
+        blocks = self._block_events(snapshot) if with_blocks else None
         return WorkerReport(self.info, WorkerStatus.READY, load, blocks)
 
     def _count_ended_steps(self, run: DecodeRun) -> None:
@@ -341,23 +372,44 @@ class SimWorker:
             self._count(steps, run.seconds(steps), run.size)
             run.split(steps)
 
-    def _block_events(self) -> BlockEvents | None:
+    def _block_events(self, snapshot: bool) -> BlockEvents | None:
         events = self.engine.block_events()
-        first = self._num_reports == 0
-        if not first and not events.stored and not events.removed:
+        snapshot = snapshot or self._num_reports == 0
+        if not snapshot and not events.stored and not events.removed:
             return None
         self._num_reports += 1
         return BlockEvents(
             self._num_reports - 1,
-            [short_hash(item) for item in events.stored],
-            [short_hash(item) for item in events.removed],
-            snapshot=first,
+            [short_hash(item) for item in (self.engine.cached_hashes() if snapshot else events.stored)],
+            [] if snapshot else [short_hash(item) for item in events.removed],
+            snapshot=snapshot,
         )
 
-    def die(self) -> None:
-        """Stop for good: nothing that is in flight ends, no command is taken."""
+    @property
+    def counters(self) -> Counters:
+        """The engine's totals, over all incarnations."""
+        return _sum(self._past, self.engine.counters)
+
+    # -- death ---------------------------------------------------------------------------------------
+
+    def die(self) -> dict[str, int]:
+        """Stop for good: nothing that is in flight ends, no command is taken.
+
+        Returns how many tokens, prompt and output, each of its requests had.
+        """
+        if self._run is not None:
+            if self._in_flight:
+                self._count_ended_steps(self._run)
+            self._run.settle(in_flight=self._in_flight)
         self._alive = False
         self._version += 1
+        return num_tokens(self.engine)
+
+    def replace(self) -> None:
+        """Begin anew under another incarnation, after `die`."""
+        self._past = self.counters
+        self.info = replace(self.info, incarnation=str(int(self.info.incarnation) + 1))
+        self._start()
 
     @property
     def alive(self) -> bool:
@@ -372,6 +424,18 @@ class SimWorker:
 def _is_decode(item: ScheduledSequence) -> bool:
     """Return whether an item computes the token that its sequence drew last, and no more."""
     return item.num_tokens == 1 and len(item.seq.token_ids) > item.seq.request.num_prompt_tokens
+
+
+def _nothing() -> None:
+    """Make a command that only cuts the leg."""
+
+
+def _sum(one: Counters, other: Counters) -> Counters:
+    return Counters(
+        one.prefix_queries + other.prefix_queries,
+        one.prefix_hits + other.prefix_hits,
+        one.preemptions + other.preemptions,
+    )
 
 
 def _drop(_value: object) -> None:

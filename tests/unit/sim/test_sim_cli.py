@@ -159,7 +159,8 @@ def test_errors_name_the_flag(cluster: Path, arguments: tuple[str, ...], text: s
 
 
 def test_plot_without_matplotlib_says_so(cluster: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    for name in ("matplotlib", "matplotlib.figure"):
+        monkeypatch.setitem(sys.modules, name, None)
     result = simulate(cluster, "--plot", cluster.parent / "x.png")
     assert result.exit_code == 2
     assert "matplotlib" in result.output and "pip install" in result.output

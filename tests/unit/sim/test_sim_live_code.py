@@ -67,8 +67,9 @@ def test_live_code_is_not_patched() -> None:
 
 def test_what_runs_is_live(monkeypatch: pytest.MonkeyPatch) -> None:
     simulation = Simulation(spec_of({"p": pool("prefill"), "d": pool("decode")}), requests((0.0, 100, 9)))
-    assert type(simulation.router) is Router
-    assert isinstance(simulation.router.policy, tuple(POLICIES.values()))
+    router = simulation.frontend.router
+    assert type(router) is Router
+    assert isinstance(router.policy, tuple(POLICIES.values()))
     for worker in simulation.workers.values():
         assert type(worker.engine) is Engine
         assert type(worker.engine._scheduler) is Scheduler

@@ -112,13 +112,13 @@ def test_fast_path_is_the_exact_path(cluster: str, handoff: str) -> None:
         expected = np.array(getattr(slow, column))
         assert np.array(getattr(fast, column)) == pytest.approx(expected, abs=1e-9), column
     assert fast.outcome == slow.outcome
-    assert leaping.router.counters == exact.router.counters
+    assert leaping.frontend.placements == exact.frontend.placements
     for worker_id, worker in exact.workers.items():
         other = leaping.workers[worker_id]
         assert other.usage.busy_s == pytest.approx(worker.usage.busy_s)
         assert other.usage.num_steps == worker.usage.num_steps
         assert other.usage.output_tokens == worker.usage.output_tokens
-        assert other.engine.counters == worker.engine.counters
+        assert other.counters == worker.counters
     assert leaping.gaps.count == exact.gaps.count
     assert leaping.gaps.mean == pytest.approx(exact.gaps.mean)
 
@@ -135,8 +135,8 @@ def test_fast_path_preempts_as_the_exact_one_does() -> None:
     spec = spec_of({"m": pool("mixed", num_kv_blocks=100)})
     load = requests(*((number * 0.05, 16, 150 + 7 * number) for number in range(20)))
     (exact, slow), (leaping, fast) = (run(spec, load, fast=fast) for fast in (False, True))
-    assert exact.workers["m-0"].engine.counters.preemptions > 0
-    assert leaping.workers["m-0"].engine.counters == exact.workers["m-0"].engine.counters
+    assert exact.workers["m-0"].counters.preemptions > 0
+    assert leaping.workers["m-0"].counters == exact.workers["m-0"].counters
     assert np.array(fast.finished) == pytest.approx(np.array(slow.finished), abs=1e-9)
 
 
@@ -148,7 +148,7 @@ def test_fast_path_with_prefix_cache_and_preemption() -> None:
     assert np.array(fast.finished) == pytest.approx(np.array(slow.finished), abs=1e-9)
     assert fast.cached_tokens == slow.cached_tokens
     assert sum(fast.cached_tokens) > 0.3 * sum(fast.prompt_tokens)
-    assert leaping.router.counters == exact.router.counters
+    assert leaping.frontend.placements == exact.frontend.placements
 
 
 @pytest.mark.parametrize("policy", ["round_robin", "least_loaded", "prefix_aware"])
@@ -186,7 +186,7 @@ def test_every_request_ends_once_and_gives_everything_back(
     simulation, records = run(spec, requests(*sorted(rows)), fast=fast)  # run() checks the invariants
     assert set(records.outcome) == {Outcome.DONE}
     produced = sum(worker.usage.output_tokens for worker in simulation.workers.values())
-    preempted = sum(worker.engine.counters.preemptions for worker in simulation.workers.values())
+    preempted = sum(worker.counters.preemptions for worker in simulation.workers.values())
     if not preempted:
         assert produced == sum(row[2] - 1 for row in rows)
     assert (records.ttft() > 0).all() and (records.e2e() >= records.ttft()).all()
