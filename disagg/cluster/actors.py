@@ -11,7 +11,9 @@ import ray
 
 from disagg.cluster.naming import NAMESPACE, ROUTER_NAME
 from disagg.config import ClusterConfig
+from disagg.routing.autoscaler import WorkerSample, sample_workers
 from disagg.tls import load_tls
+from disagg.types import Role
 
 logger = logging.getLogger(__name__)
 
@@ -56,6 +58,10 @@ class RouterActor:
         """Return how many front ends are attached; 0 before the server runs."""
         return 0 if self._address is None else self._server.num_frontends
 
+    async def samples(self) -> list[WorkerSample]:
+        """Return what the autoscaler wants to know of every worker; none before the server runs."""
+        return [] if self._address is None else sample_workers(self._server.router.view)
+
     async def pid(self) -> int:
         return os.getpid()
 
@@ -87,7 +93,6 @@ class WorkerActor:
     async def _start(self) -> None:
         # Torch is imported here and not at the top: the controller imports this module too.
         from disagg.cluster.worker_process import WorkerProcess, WorkerSpec
-        from disagg.types import Role
 
         worker_id, role, config, secret, threads, host = self._arguments
         spec = WorkerSpec(
@@ -100,6 +105,21 @@ class WorkerActor:
         )
         self._process = WorkerProcess(spec, router_address)
         await self._process.start()
+
+    async def role(self) -> str:
+        """Return the role that it has now: a restarted controller asks."""
+        await self._start_once()
+        return self._process.worker.info.role.value
+
+    async def drain(self) -> None:
+        """Take no new requests; return when the last one has ended."""
+        await self._start_once()
+        await self._process.drain()
+
+    async def enlist(self, role: str) -> None:
+        """Take requests in `role`'s pool from now on, after a drain or instead of one."""
+        await self._start_once()
+        self._process.enlist(Role(role))
 
     async def stop(self) -> None:
         if self._started is not None and self._started.done() and not self._started.exception():

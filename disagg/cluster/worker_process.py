@@ -123,6 +123,7 @@ class WorkerProcess:
             # Block 0 is scratch and holds no sequence.
             kv_blocks_total=runner.num_blocks - 1,
             model_fingerprint=runner.fingerprint,
+            max_prefill_tokens=engine_config.max_prefill_tokens or 0,
         )
 
     def _wire(self, engine: Engine, runner: ModelRunner, segment: SharedSegment) -> Worker:
@@ -170,6 +171,14 @@ class WorkerProcess:
     async def wait(self) -> None:
         """Return when the worker was stopped; raise what its engine thread died of."""
         await asyncio.shield(self.worker.stopped)
+
+    async def drain(self) -> None:
+        """See Worker.drain."""
+        await self.worker.drain()
+
+    def enlist(self, role: Role) -> None:
+        """Serve as a member of `role`'s pool from now on. The engine is the same: it knows no roles."""
+        self.worker.enlist(role, self._spec.config.engine_for(role).max_prefill_tokens)
 
     async def stop(self) -> None:
         """Leave the router first, so that nothing new is placed here, then close and free everything."""

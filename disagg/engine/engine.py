@@ -303,6 +303,10 @@ class Engine:
             ]
             heapq.heapify(self._deadlines)
 
+    def limit_prefill(self, max_prefill_tokens: int | None) -> None:
+        """Set anew what EngineConfig.max_prefill_tokens says, from the next step on."""
+        self._scheduler.limit_prefill(max_prefill_tokens)
+
     # -- state -------------------------------------------------------------------------------------
 
     @property

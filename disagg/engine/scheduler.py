@@ -149,7 +149,7 @@ class Scheduler:
         self._block_size = config.block_size
         self._caching = config.enable_prefix_caching
         self._token_budget = config.max_num_batched_tokens
-        self._prompt_budget = config.max_prefill_tokens or config.max_num_batched_tokens
+        self.limit_prefill(config.max_prefill_tokens)
         # Each running sequence gets at least one token in each step, or the last ones would starve.
         self._max_num_seqs = min(config.max_num_seqs, config.max_num_batched_tokens)
         self._max_receiving_blocks = pool.capacity // 2
@@ -162,6 +162,10 @@ class Scheduler:
         self.num_preemptions = 0
         self.prefix_queries = 0
         self.prefix_hits = 0
+
+    def limit_prefill(self, max_prefill_tokens: int | None) -> None:
+        """Set the budget for prompts in a step in which streams decode, None for no other than the step's."""
+        self._prompt_budget = max_prefill_tokens or self._token_budget
 
     def add(self, seq: Sequence) -> None:
         seq.arrival_order = self._num_arrived

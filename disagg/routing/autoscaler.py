@@ -21,7 +21,8 @@ from dataclasses import dataclass, replace
 from statistics import fmean
 
 from disagg.config import AutoscalerConfig
-from disagg.types import Role
+from disagg.routing.view import ClusterView
+from disagg.types import Role, WorkerStatus
 
 # Never predict a wait at full load as infinite: sizes are to be compared.
 _MOST_BUSY = 0.999
@@ -270,3 +271,31 @@ def _projected(demands: Sequence[Demand], ahead_s: float) -> Demand:
         kv=led(first.kv, last.kv),
         backlog_s=led(first.backlog_s, last.backlog_s),
     )
+
+
+def sample_workers(view: ClusterView) -> list[WorkerSample]:
+    """Return one sample per worker of a view; ages are not known to it, and left 0."""
+    samples = []
+    for worker_id, state in view.workers.items():
+        slot = view.slot(worker_id)
+        if slot is None:
+            continue
+        costs = view.costs(slot)
+        step_base, step_sequence, step_context = costs.decode
+        context = costs.sequences and state.load.kv_blocks_used * state.info.block_size / costs.sequences
+        samples.append(
+            WorkerSample(
+                worker_id=worker_id,
+                role=state.info.role,
+                age_s=0.0,
+                draining=state.status is not WorkerStatus.READY,
+                queued_s=float(view.queued_tokens[slot]) * costs.token_s,
+                prompt_s=costs.service_s(view.expected_prompt, view.expected_prompt**2 / 2),
+                sequences=float(costs.sequences),
+                max_sequences=state.info.max_num_seqs,
+                step_base_s=step_base,
+                step_sequence_s=step_sequence + step_context * context,
+                kv_usage=state.load.kv_blocks_used / max(1, state.info.kv_blocks_total),
+            )
+        )
+    return samples

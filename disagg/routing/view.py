@@ -29,6 +29,7 @@ _INITIAL_SLOTS = 8
 # Most requests end long before max_new_tokens; charging all of it would make every worker look full. So long
 # is an answer taken to be until some have ended,
 EXPECTED_NEW_TOKENS = 256
+EXPECTED_PROMPT_TOKENS = 256
 # and this is the weight of each that does.
 _ANSWER_WEIGHT = 0.02
 
@@ -66,7 +67,8 @@ class ClusterView:
     what a worker runs at once, were there one more), kv_blocks (in use or expected to be), and limits:
     max_tokens (longest request that fits), kv_total (blocks), block_size.
     Prices in seconds, arrays over slots: those of disagg.routing.costs.WorkerCosts, and `shorter`, shape
-    [NUM_TURNS, slots]: queued tokens of prompts whose turn is not later. expected_tokens: of an answer.
+    [NUM_TURNS, slots]: queued tokens of prompts whose turn is not later. expected_tokens: of an answer;
+    expected_prompt: to compute of a prompt.
     """
 
     def __init__(self, *, max_charges: int = 100_000) -> None:
@@ -82,6 +84,7 @@ class ClusterView:
         self._max_charges = max_charges
         self._num_placed = 0
         self.expected_tokens = float(EXPECTED_NEW_TOKENS)
+        self.expected_prompt = float(EXPECTED_PROMPT_TOKENS)
         self.predictors = Predictors()
         self._pools: Pools | None = None
         self._allocate(_INITIAL_SLOTS)
@@ -274,6 +277,7 @@ class ClusterView:
         self._num_placed += 1
         sizes = self._accounts[prefill].block_size, self._accounts[decode].block_size
         tokens = max(1, request.num_tokens - depths[0] * sizes[0])
+        self.expected_prompt += _ANSWER_WEIGHT * (tokens - self.expected_prompt)
         answer = min(request.max_new_tokens, self.expected_tokens)
         charge = Charge(
             request_id=request.request_id,

@@ -55,6 +55,7 @@ class WorkerMembership:
         self._removed: set[int] = set()
         self._sequence = 0
         self._snapshot_due = True
+        self._info_due = False
         self._wake = asyncio.Event()
         self._peers: dict[str, WorkerInfo] = {}
         self._listed: dict[str, WorkerInfo] = {}
@@ -104,6 +105,12 @@ class WorkerMembership:
             self._status = status
             self._wake.set()
 
+    def relabel(self, info: WorkerInfo) -> None:
+        """Take over what changed of the worker, which is its role; the router is told at once."""
+        self._info = info
+        self._info_due = True
+        self._wake.set()
+
     def _store(self, block: int) -> None:
         if block in self._held:
             return
@@ -124,7 +131,8 @@ class WorkerMembership:
 
     def _next_report(self, *, with_info: bool = False) -> router_pb2.WorkerReport:
         message = router_pb2.WorkerReport(status=self._status.value, load=wire.load_to_proto(self._load))
-        if with_info and self._info is not None:
+        if (with_info or self._info_due) and self._info is not None:
+            self._info_due = False
             message.info.CopyFrom(wire.info_to_proto(self._info))
         too_many = max(len(self._stored), len(self._removed)) > wire.MAX_BLOCK_EVENTS
         if self._snapshot_due or too_many:

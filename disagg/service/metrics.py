@@ -94,6 +94,12 @@ class WorkerMetrics:
                 counter.inc(new - old)
         self._totals = totals
 
+    def under(self, info: WorkerInfo) -> WorkerMetrics:
+        """Return the metrics with which the worker goes on in another role: series of their own, from 0."""
+        others = WorkerMetrics(info)
+        others._totals, others._num_expired = self._totals, self._num_expired
+        return others
+
     def observe_pull(self, transport: str, num_bytes: int, seconds: float) -> None:
         self._bytes.labels(*self._labels, transport).inc(num_bytes)
         self._copy.labels(*self._labels, transport).observe(seconds)

@@ -27,10 +27,13 @@ from disagg.errors import DisaggError, InvalidRequestError, KVLostError, LayoutM
 from disagg.hashing import BlockHash
 from disagg.service import wire
 from disagg.service.metrics import WorkerMetrics
-from disagg.types import KVHandle, Request, StepOutput, WorkerInfo, WorkerLoad, WorkerStatus
+from disagg.types import KVHandle, Request, Role, StepOutput, WorkerInfo, WorkerLoad, WorkerStatus
 from disagg.v1 import worker_pb2, worker_pb2_grpc
 
 logger = logging.getLogger(__name__)
+
+# Placements that were made before the router heard of a drain arrive within this time.
+DRAIN_QUIET_S = 0.5
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
@@ -92,6 +95,10 @@ class StateReporter(Protocol):
         stored: Sequence[BlockHash] = (),
         removed: Sequence[BlockHash] = (),
     ) -> None: ...
+
+    def relabel(self, info: WorkerInfo) -> None:
+        """Tell the router at once of another role."""
+        ...
 
 
 @dataclass(slots=True)
@@ -155,6 +162,9 @@ class Worker(worker_pb2_grpc.WorkerServicer):
         self._thread = threading.Thread(target=self._run_engine, name="engine", daemon=True)
         self._tracked: dict[str, _Tracked] = {}
         self._tasks: set[asyncio.Task[Any]] = set()
+        # Set while no request is here in any state, published KV included.
+        self._idle = asyncio.Event()
+        self._idle.set()
         self._status = WorkerStatus.READY
         # As of the last step or command; the loop's copy.
         self.load = WorkerLoad()
@@ -166,6 +176,30 @@ class Worker(worker_pb2_grpc.WorkerServicer):
     def start(self) -> None:
         self._thread.start()
         self._reporter.report(self._status, WorkerLoad())
+
+    async def drain(self) -> None:
+        """Take no new placements; return when everything that was placed here has ended.
+
+        What was placed before the router heard of it is still served, and `enlist` ends it at any time.
+        """
+        self._set_status(WorkerStatus.DRAINING)
+        while True:
+            await self._idle.wait()
+            await asyncio.sleep(DRAIN_QUIET_S)
+            if self._idle.is_set():
+                return
+
+    def enlist(self, role: Role, max_prefill_tokens: int | None) -> None:
+        """Take placements as a member of `role`'s pool, with its budget for prompts beside streams."""
+        self.info = replace(self.info, role=role, max_prefill_tokens=max_prefill_tokens or 0)
+        self._commands.put(lambda: self._engine.limit_prefill(max_prefill_tokens))
+        self._metrics = self._metrics.under(self.info)
+        self._reporter.relabel(self.info)
+        self._set_status(WorkerStatus.READY)
+
+    def _set_status(self, status: WorkerStatus) -> None:
+        self._status = status
+        self._reporter.report(status, self.load)
 
     async def stop(self) -> None:
         """End the engine thread after its current step. Requests in it are cut off; sessions see EOF."""
@@ -286,6 +320,8 @@ class Worker(worker_pb2_grpc.WorkerServicer):
         tracked = self._tracked.pop(request_id, None)
         if tracked is not None:
             tracked.session.requests.discard(request_id)
+        if not self._tracked:
+            self._idle.set()
 
     # -- loop side: commands -----------------------------------------------------------------------
 
@@ -302,6 +338,7 @@ class Worker(worker_pb2_grpc.WorkerServicer):
             return
         tracked = _Tracked(session, self._clock(), hold_key=message.hold_key, handle=handle)
         self._tracked[request.request_id] = tracked
+        self._idle.clear()
         session.requests.add(request.request_id)
         if handle is not None:
             self._puller.keep_alive(handle)
