@@ -264,18 +264,18 @@ function drawTiles(data) {
   const held = sum(Object.values(data.pools).map((pool) => pool.held));
   const tiles = [
     ["Requests", plain(rate((row) => sum(Object.values(row.outcomes)))), "a second, last minute", false],
-    ["Time to first token", seconds(newest("ttft", 0)), `P99 ${shown(seconds(newest("ttft", 2)))}`, missed("ttft", 2)],
-    ["Time per token", seconds(newest("tpot", 0)), `P99 ${shown(seconds(newest("tpot", 2)))}`, missed("tpot", 2)],
+    ["Time to first token", seconds(newest("ttft", 0)), `P99 ${shown(seconds(newest("ttft", 2)))}`, missed("ttft", 0), missed("ttft", 2)],
+    ["Time per token", seconds(newest("tpot", 0)), `P99 ${shown(seconds(newest("tpot", 2)))}`, missed("tpot", 0), missed("tpot", 2)],
     ["Output", plain(rate((row) => row.generation_tokens)), "tokens a second", false],
     ["Running", plain(sum(Object.values(data.pools).map((pool) => pool.running))), `${sum(Object.values(data.pools).map((pool) => pool.waiting))} waiting, ${held} held`, false],
     ["Shed or failed", plain(failed), "a second, last minute", failed > 0],
   ];
   $("tiles").replaceChildren(
-    ...tiles.map(([name, [number, unit], more, bad]) =>
+    ...tiles.map(([name, [number, unit], more, bad, badTail = false]) =>
       element("div", { class: `card tile${bad ? " bad" : ""}` },
         element("div", { class: "name", text: name }),
         element("div", { class: "value", text: number }, ...(unit ? [" ", element("small", { text: unit })] : [])),
-        element("div", { class: "more", text: more }))));
+        element("div", { class: `more${badTail ? " bad" : ""}`, text: more }))));
 }
 
 const STATES = { ready: "good", starting: "warn", draining: "warn" };
