@@ -24,6 +24,7 @@ from disagg.model.runner import ModelRunner, load_runner, plan_cache
 from disagg.rpc import cluster_server, listen
 from disagg.service.metrics import WorkerMetrics
 from disagg.service.router_client import WorkerMembership
+from disagg.service.step_samples import StepRecorder, profile
 from disagg.service.worker import Worker
 from disagg.tls import load_tls
 from disagg.transfer.client import KVTransferClient
@@ -68,14 +69,16 @@ class WorkerProcess:
         self._server = cluster_server(spec.secret)
         port = listen(self._server, f"{spec.host}:0", self._tls)
         self.info = self._describe(runner, f"{spec.host}:{port}")
+        self._recorder = StepRecorder(runner)
         engine = Engine(
             spec.config.engine_for(spec.role),
-            runner,
+            self._recorder,
             num_blocks=runner.num_blocks,
             max_model_len=runner.max_model_len,
             hash_model=runner.fingerprint,
             eos_token_ids=runner.eos_token_ids,
         )
+        await asyncio.to_thread(self._profile, engine)
         self.worker = self._wire(engine, runner, segment)
         await self._server.start()
         await self._publisher.listen(spec.host)
@@ -106,6 +109,10 @@ class WorkerProcess:
             )
         return segment, runner
 
+    def _profile(self, engine: Engine) -> None:
+        with self._cores.pinned():
+            profile(engine, self._spec.config.engine_for(self._spec.role))
+
     def _describe(self, runner: ModelRunner, address: str) -> WorkerInfo:
         spec = self._spec
         engine_config = spec.config.engine_for(spec.role)
@@ -129,7 +136,11 @@ class WorkerProcess:
     def _wire(self, engine: Engine, runner: ModelRunner, segment: SharedSegment) -> Worker:
         spec, transfer = self._spec, self._spec.config.transfer
         self._membership = WorkerMembership(
-            self._router_address, spec.secret, heartbeat_s=spec.config.router.heartbeat_s, tls=self._tls
+            self._router_address,
+            spec.secret,
+            heartbeat_s=spec.config.router.heartbeat_s,
+            tls=self._tls,
+            take_samples=self._recorder.take,
         )
         self._publisher = KVTransferService(
             runner.layout,
@@ -163,6 +174,7 @@ class WorkerProcess:
             self._membership,
             WorkerMetrics(self.info),
             on_engine_thread=self._cores.pin_thread,
+            on_pulled=self._recorder.pulled,
         )
         worker_pb2_grpc.add_WorkerServicer_to_server(worker, self._server)
         worker_pb2_grpc.add_KVTransferServicer_to_server(self._publisher, self._server)

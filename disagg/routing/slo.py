@@ -91,7 +91,7 @@ class _Offer:
     def _decode_time(self) -> Floats:
         """Return over slots: seconds that decode takes, the wait for a place and what must be moved in it."""
         view = self._view
-        total = view.step_s * self._gaps
+        total: Floats = view.step_s * self._gaps
         total += view.place_s
         if self._found is not None:
             total += self._uncached * view.token_pull_s
@@ -108,7 +108,7 @@ class _Offer:
         """Return the prefill and the decode worker."""
         first, ahead = self._first_token()
         wanted = self._request.slo_ttft_s
-        ranked = first
+        ranked: Floats = first
         if wanted is not None:
             # Comfortable ones first, and among these who has the least to compute and the longest queue.
             waits = ahead * self._view.token_s

@@ -12,7 +12,7 @@ import grpc.aio
 
 from disagg.errors import WorkerLostError
 from disagg.hashing import BlockHash, short_hash
-from disagg.routing.types import BlockEvents
+from disagg.routing.types import BlockEvents, StepSample, TransferSample
 from disagg.rpc import secret_metadata
 from disagg.service import wire_router as wire
 from disagg.service.router_link import CONNECT_TIMEOUT_S, GetAddress, RouterLink
@@ -33,6 +33,7 @@ class WorkerMembership:
     """Keeps one worker joined. All methods belong to the event loop.
 
     get_address: where the router is now; asked again before every attempt to connect, and may raise.
+    take_samples: asked with every report for steps and pulls since the last.
     """
 
     def __init__(
@@ -42,9 +43,11 @@ class WorkerMembership:
         *,
         heartbeat_s: float = 0.5,
         tls: ClusterTLS | None = None,
+        take_samples: Callable[[], tuple[list[StepSample], list[TransferSample]]] | None = None,
     ) -> None:
         self._metadata = secret_metadata(secret)
         self._heartbeat_s = heartbeat_s
+        self._take_samples = take_samples
         self._link = RouterLink(get_address, self._join, tls)
         self._info: WorkerInfo | None = None
         self._status = WorkerStatus.STARTING
@@ -131,6 +134,10 @@ class WorkerMembership:
 
     def _next_report(self, *, with_info: bool = False) -> router_pb2.WorkerReport:
         message = router_pb2.WorkerReport(status=self._status.value, load=wire.load_to_proto(self._load))
+        if self._take_samples is not None:
+            steps, transfers = self._take_samples()
+            message.steps.extend(wire.steps_to_proto(steps))
+            message.transfers.extend(wire.transfers_to_proto(transfers))
         if (with_info or self._info_due) and self._info is not None:
             self._info_due = False
             message.info.CopyFrom(wire.info_to_proto(self._info))

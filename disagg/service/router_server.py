@@ -179,6 +179,8 @@ class RouterServer(router_pb2_grpc.RouterServicer):
             status=wire.status_from_proto(message.status),
             load=wire.load_from_proto(message.load),
             blocks=wire.events_from_proto(message.blocks) if message.HasField("blocks") else None,
+            steps=wire.steps_from_proto(message.steps),
+            transfers=wire.transfers_from_proto(message.transfers),
         )
         self._take_over(peer, peer.info.worker_id)
         if self.router.worker_report(report, self._clock()):

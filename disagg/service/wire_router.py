@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Sequence
 from enum import StrEnum
 from typing import TypeVar
 
 from disagg import errors
 from disagg.errors import DisaggError, InvalidRequestError, OverloadedError
-from disagg.routing.types import BlockEvents, Placement, PlacementKind, PlacementRequest
+from disagg.routing.types import (
+    BlockEvents,
+    Placement,
+    PlacementKind,
+    PlacementRequest,
+    StepSample,
+    TransferSample,
+)
 from disagg.types import Role, WorkerInfo, WorkerLoad, WorkerState, WorkerStatus
 from disagg.v1 import router_pb2
 
@@ -17,6 +25,9 @@ MAX_ID_CHARS = 256
 MAX_BLOCK_EVENTS = 2**20
 MAX_EXCLUDED = 1024
 MAX_REQUEST_EVENTS = 2**16
+MAX_SAMPLES = 256
+# No step or pull takes so long, in seconds; nor has a request so much time left that it matters.
+_MOST_SECONDS = 1e6
 
 _INFO_COUNTS = (
     *("pid", "max_model_len", "block_size", "max_num_seqs", "max_num_batched_tokens", "kv_blocks_total"),
@@ -64,6 +75,7 @@ def info_to_proto(info: WorkerInfo) -> router_pb2.WorkerInfo:
         address=info.address,
         host=info.host,
         model_fingerprint=info.model_fingerprint,
+        max_prefill_tokens=info.max_prefill_tokens,
     )
     for name in _INFO_COUNTS:
         setattr(message, name, getattr(info, name))
@@ -83,6 +95,7 @@ def info_from_proto(message: router_pb2.WorkerInfo) -> WorkerInfo:
         address=checked_id("info.address", message.address),
         host=checked_id("info.host", message.host, optional=True),
         model_fingerprint=checked_id("info.model_fingerprint", message.model_fingerprint, optional=True),
+        max_prefill_tokens=_count("info.max_prefill_tokens", message.max_prefill_tokens),
         **counts,
     )
 
@@ -120,6 +133,64 @@ def events_from_proto(message: router_pb2.BlockEvents) -> BlockEvents:
     return BlockEvents(message.sequence, list(message.stored), list(message.removed), message.snapshot)
 
 
+def steps_to_proto(steps: Iterable[StepSample]) -> list[router_pb2.StepSample]:
+    return [
+        router_pb2.StepSample(
+            seconds=step.seconds,
+            num_tokens=step.num_tokens,
+            attended=step.attended,
+            num_decodes=step.num_decodes,
+            context=step.context,
+        )
+        for step in steps
+    ]
+
+
+def transfers_to_proto(transfers: Iterable[TransferSample]) -> list[router_pb2.TransferSample]:
+    return [
+        router_pb2.TransferSample(
+            seconds=item.seconds, num_tokens=item.num_tokens, num_others=item.num_others
+        )
+        for item in transfers
+    ]
+
+
+def steps_from_proto(messages: Sequence[router_pb2.StepSample]) -> list[StepSample]:
+    """Raises InvalidRequestError where there are too many, or one is out of bounds."""
+    _at_most("steps", len(messages), MAX_SAMPLES)
+    return [
+        StepSample(
+            _seconds("steps.seconds", item.seconds),
+            _count("steps.num_tokens", item.num_tokens),
+            _count("steps.attended", item.attended),
+            _count("steps.num_decodes", item.num_decodes),
+            _count("steps.context", item.context),
+        )
+        for item in messages
+    ]
+
+
+def transfers_from_proto(messages: Sequence[router_pb2.TransferSample]) -> list[TransferSample]:
+    """Raises InvalidRequestError where there are too many, or one is out of bounds."""
+    _at_most("transfers", len(messages), MAX_SAMPLES)
+    return [
+        TransferSample(
+            _seconds("transfers.seconds", item.seconds),
+            _count("transfers.num_tokens", item.num_tokens),
+            _count("transfers.num_others", item.num_others),
+        )
+        for item in messages
+    ]
+
+
+def _seconds(name: str, value: float) -> float:
+    if not 0 <= value <= _MOST_SECONDS:
+        raise InvalidRequestError(
+            f"{name} must be seconds in [0, {_MOST_SECONDS:g}], got {value}", param=name
+        )
+    return value
+
+
 def state_to_proto(state: WorkerState) -> router_pb2.WorkerState:
     return router_pb2.WorkerState(
         info=info_to_proto(state.info), status=state.status.value, load=load_to_proto(state.load)
@@ -147,6 +218,10 @@ def request_to_proto(request: PlacementRequest) -> router_pb2.PlaceRequest:
         slo_ttft_s=request.slo_ttft_s or 0.0,
         slo_tpot_s=request.slo_tpot_s or 0.0,
         excluded=request.excluded,
+        tenant=request.tenant,
+        service_tier=request.service_tier,
+        timeout_s=request.timeout_s or 0.0,
+        resumed=request.resumed,
     )
 
 
@@ -166,6 +241,10 @@ def request_from_proto(message: router_pb2.PlaceRequest) -> PlacementRequest:
         slo_ttft_s=_objective("slo_ttft_s", message.slo_ttft_s),
         slo_tpot_s=_objective("slo_tpot_s", message.slo_tpot_s),
         excluded=tuple(checked_id("excluded", item) for item in message.excluded),
+        tenant=checked_id("tenant", message.tenant, optional=True),
+        service_tier=checked_id("service_tier", message.service_tier, optional=True) or "default",
+        timeout_s=_objective("timeout_s", message.timeout_s),
+        resumed=message.resumed,
     )
 
 
@@ -181,6 +260,7 @@ def placement_to_proto(placement: Placement) -> router_pb2.PlaceResponse:
         decode_worker=placement.decode_worker,
         cached_tokens=placement.cached_tokens,
         policy=placement.policy,
+        lag_s=placement.lag_s,
     )
 
 
@@ -191,7 +271,8 @@ def placement_from_proto(message: router_pb2.PlaceResponse) -> Placement:
     prefill = checked_id("prefill_worker", message.prefill_worker)
     decode = checked_id("decode_worker", message.decode_worker)
     kind = PlacementKind.LOCAL if prefill == decode else PlacementKind.DISAGGREGATED
-    return Placement(prefill, decode, message.cached_tokens, message.policy, kind)
+    lag_s = _seconds("lag_s", message.lag_s)
+    return Placement(prefill, decode, message.cached_tokens, message.policy, kind, lag_s)
 
 
 def placement_error_to_proto(error: DisaggError) -> router_pb2.PlaceResponse:

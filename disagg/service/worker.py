@@ -148,9 +148,12 @@ class Worker(worker_pb2_grpc.WorkerServicer):
         metrics: WorkerMetrics,
         clock: Callable[[], float] = time.monotonic,
         on_engine_thread: Callable[[], None] = lambda: None,
+        on_pulled: Callable[[float, int, int], None] = lambda seconds, num_tokens, num_others: None,
     ) -> None:
         self.info = info
         self._on_engine_thread = on_engine_thread
+        self._on_pulled = on_pulled
+        self._num_pulling = 0
         self._engine = engine
         self._publisher = publisher
         self._puller = puller
@@ -405,6 +408,8 @@ class Worker(worker_pb2_grpc.WorkerServicer):
         request_id = reservation.request_id
         first_block = reservation.num_cached_tokens // self.info.block_size
         report = worker_pb2.TransferReport(local_tokens=reservation.num_cached_tokens)
+        began, others = self._clock(), self._num_pulling
+        self._num_pulling += 1
         try:
             result = await self._puller.pull(handle, first_block, reservation.block_ids[first_block:])
         except Exception as error:
@@ -419,6 +424,9 @@ class Worker(worker_pb2_grpc.WorkerServicer):
             num_computed = handle.num_tokens
             report.transport, report.bytes = result.transport, result.num_bytes
             self._metrics.observe_pull(result.transport, result.num_bytes, result.seconds)
+            self._on_pulled(self._clock() - began, num_computed - reservation.num_cached_tokens, others)
+        finally:
+            self._num_pulling -= 1
         tracked.pull = None
         report.seconds = self._clock() - tracked.arrived
         tracked.session.outbox.put_nowait(worker_pb2.SequenceOutput(request_id=request_id, transfer=report))

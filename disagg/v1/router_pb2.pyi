@@ -118,6 +118,10 @@ class PlaceRequest(_message.Message):
     SLO_TTFT_S_FIELD_NUMBER: _builtins.int
     SLO_TPOT_S_FIELD_NUMBER: _builtins.int
     EXCLUDED_FIELD_NUMBER: _builtins.int
+    TENANT_FIELD_NUMBER: _builtins.int
+    SERVICE_TIER_FIELD_NUMBER: _builtins.int
+    TIMEOUT_S_FIELD_NUMBER: _builtins.int
+    RESUMED_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     frontend_id: _builtins.str
     num_tokens: _builtins.int
@@ -126,6 +130,13 @@ class PlaceRequest(_message.Message):
     priority: _builtins.int
     slo_ttft_s: _builtins.float
     slo_tpot_s: _builtins.float
+    tenant: _builtins.str
+    """Among whom capacity is shared fairly."""
+    service_tier: _builtins.str
+    timeout_s: _builtins.float
+    """Seconds until its deadline, 0 for none."""
+    resumed: _builtins.bool
+    """It was admitted before."""
     @_builtins.property
     def block_hashes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """First 64 bits of the hash of each full block of the tokens."""
@@ -146,10 +157,14 @@ class PlaceRequest(_message.Message):
         slo_ttft_s: _builtins.float = ...,
         slo_tpot_s: _builtins.float = ...,
         excluded: _abc.Iterable[_builtins.str] | None = ...,
+        tenant: _builtins.str = ...,
+        service_tier: _builtins.str = ...,
+        timeout_s: _builtins.float = ...,
+        resumed: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_hashes", b"block_hashes", "excluded", b"excluded", "frontend_id", b"frontend_id", "max_new_tokens", b"max_new_tokens", "num_tokens", b"num_tokens", "priority", b"priority", "request_id", b"request_id", "slo_tpot_s", b"slo_tpot_s", "slo_ttft_s", b"slo_ttft_s"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_hashes", b"block_hashes", "excluded", b"excluded", "frontend_id", b"frontend_id", "max_new_tokens", b"max_new_tokens", "num_tokens", b"num_tokens", "priority", b"priority", "request_id", b"request_id", "resumed", b"resumed", "service_tier", b"service_tier", "slo_tpot_s", b"slo_tpot_s", "slo_ttft_s", b"slo_ttft_s", "tenant", b"tenant", "timeout_s", b"timeout_s"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -166,6 +181,7 @@ class PlaceResponse(_message.Message):
     ERROR_FIELD_NUMBER: _builtins.int
     ERROR_TYPE_FIELD_NUMBER: _builtins.int
     RETRY_AFTER_S_FIELD_NUMBER: _builtins.int
+    LAG_S_FIELD_NUMBER: _builtins.int
     prefill_worker: _builtins.str
     decode_worker: _builtins.str
     """Equal to prefill_worker where no hand-off is needed."""
@@ -175,6 +191,8 @@ class PlaceResponse(_message.Message):
     """Set instead of workers: why the request can't be placed, and the error's type as in disagg.errors."""
     error_type: _builtins.str
     retry_after_s: _builtins.float
+    lag_s: _builtins.float
+    """How much later than its objective the first token is due, for fairness between tenants."""
     def __init__(
         self,
         *,
@@ -185,10 +203,11 @@ class PlaceResponse(_message.Message):
         error: _builtins.str = ...,
         error_type: _builtins.str = ...,
         retry_after_s: _builtins.float = ...,
+        lag_s: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cached_tokens", b"cached_tokens", "decode_worker", b"decode_worker", "error", b"error", "error_type", b"error_type", "policy", b"policy", "prefill_worker", b"prefill_worker", "retry_after_s", b"retry_after_s"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cached_tokens", b"cached_tokens", "decode_worker", b"decode_worker", "error", b"error", "error_type", b"error_type", "lag_s", b"lag_s", "policy", b"policy", "prefill_worker", b"prefill_worker", "retry_after_s", b"retry_after_s"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -210,6 +229,7 @@ class WorkerInfo(_message.Message):
     MAX_NUM_BATCHED_TOKENS_FIELD_NUMBER: _builtins.int
     KV_BLOCKS_TOTAL_FIELD_NUMBER: _builtins.int
     MODEL_FINGERPRINT_FIELD_NUMBER: _builtins.int
+    MAX_PREFILL_TOKENS_FIELD_NUMBER: _builtins.int
     worker_id: _builtins.str
     incarnation: _builtins.str
     role: _builtins.str
@@ -222,6 +242,7 @@ class WorkerInfo(_message.Message):
     max_num_batched_tokens: _builtins.int
     kv_blocks_total: _builtins.int
     model_fingerprint: _builtins.str
+    max_prefill_tokens: _builtins.int
     def __init__(
         self,
         *,
@@ -237,10 +258,11 @@ class WorkerInfo(_message.Message):
         max_num_batched_tokens: _builtins.int = ...,
         kv_blocks_total: _builtins.int = ...,
         model_fingerprint: _builtins.str = ...,
+        max_prefill_tokens: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "block_size", b"block_size", "host", b"host", "incarnation", b"incarnation", "kv_blocks_total", b"kv_blocks_total", "max_model_len", b"max_model_len", "max_num_batched_tokens", b"max_num_batched_tokens", "max_num_seqs", b"max_num_seqs", "model_fingerprint", b"model_fingerprint", "pid", b"pid", "role", b"role", "worker_id", b"worker_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "block_size", b"block_size", "host", b"host", "incarnation", b"incarnation", "kv_blocks_total", b"kv_blocks_total", "max_model_len", b"max_model_len", "max_num_batched_tokens", b"max_num_batched_tokens", "max_num_seqs", b"max_num_seqs", "max_prefill_tokens", b"max_prefill_tokens", "model_fingerprint", b"model_fingerprint", "pid", b"pid", "role", b"role", "worker_id", b"worker_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -288,6 +310,8 @@ class WorkerReport(_message.Message):
     STATUS_FIELD_NUMBER: _builtins.int
     LOAD_FIELD_NUMBER: _builtins.int
     BLOCKS_FIELD_NUMBER: _builtins.int
+    STEPS_FIELD_NUMBER: _builtins.int
+    TRANSFERS_FIELD_NUMBER: _builtins.int
     status: _builtins.str
     @_builtins.property
     def info(self) -> Global___WorkerInfo:
@@ -299,6 +323,12 @@ class WorkerReport(_message.Message):
     def blocks(self) -> Global___BlockEvents:
         """Prefix-cache changes since the last report, in order of sequence number."""
 
+    @_builtins.property
+    def steps(self) -> _containers.RepeatedCompositeFieldContainer[Global___StepSample]:
+        """A few steps and pulls since the last report, and how long they took."""
+
+    @_builtins.property
+    def transfers(self) -> _containers.RepeatedCompositeFieldContainer[Global___TransferSample]: ...
     def __init__(
         self,
         *,
@@ -306,14 +336,75 @@ class WorkerReport(_message.Message):
         status: _builtins.str = ...,
         load: Global___WorkerLoad | None = ...,
         blocks: Global___BlockEvents | None = ...,
+        steps: _abc.Iterable[Global___StepSample] | None = ...,
+        transfers: _abc.Iterable[Global___TransferSample] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["blocks", b"blocks", "info", b"info", "load", b"load"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["blocks", b"blocks", "info", b"info", "load", b"load", "status", b"status"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["blocks", b"blocks", "info", b"info", "load", b"load", "status", b"status", "steps", b"steps", "transfers", b"transfers"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___WorkerReport: _TypeAlias = WorkerReport  # noqa: Y015
+
+@_typing.final
+class StepSample(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SECONDS_FIELD_NUMBER: _builtins.int
+    NUM_TOKENS_FIELD_NUMBER: _builtins.int
+    ATTENDED_FIELD_NUMBER: _builtins.int
+    NUM_DECODES_FIELD_NUMBER: _builtins.int
+    CONTEXT_FIELD_NUMBER: _builtins.int
+    seconds: _builtins.float
+    num_tokens: _builtins.int
+    """Tokens of prompts, and the sum over them of the tokens that each attends to."""
+    attended: _builtins.int
+    num_decodes: _builtins.int
+    """Sequences that got their next token, and the tokens that they attend to, summed."""
+    context: _builtins.int
+    def __init__(
+        self,
+        *,
+        seconds: _builtins.float = ...,
+        num_tokens: _builtins.int = ...,
+        attended: _builtins.int = ...,
+        num_decodes: _builtins.int = ...,
+        context: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attended", b"attended", "context", b"context", "num_decodes", b"num_decodes", "num_tokens", b"num_tokens", "seconds", b"seconds"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___StepSample: _TypeAlias = StepSample  # noqa: Y015
+
+@_typing.final
+class TransferSample(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SECONDS_FIELD_NUMBER: _builtins.int
+    NUM_TOKENS_FIELD_NUMBER: _builtins.int
+    NUM_OTHERS_FIELD_NUMBER: _builtins.int
+    seconds: _builtins.float
+    num_tokens: _builtins.int
+    num_others: _builtins.int
+    """Other pulls under way when it began."""
+    def __init__(
+        self,
+        *,
+        seconds: _builtins.float = ...,
+        num_tokens: _builtins.int = ...,
+        num_others: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["num_others", b"num_others", "num_tokens", b"num_tokens", "seconds", b"seconds"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TransferSample: _TypeAlias = TransferSample  # noqa: Y015
 
 @_typing.final
 class BlockEvents(_message.Message):
@@ -498,17 +589,21 @@ class RequestEvent(_message.Message):
 
     REQUEST_ID_FIELD_NUMBER: _builtins.int
     KIND_FIELD_NUMBER: _builtins.int
+    NUM_TOKENS_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     kind: Global___RequestEvent.Kind.ValueType
+    num_tokens: _builtins.int
+    """On KIND_FINISHED: tokens of the answer, 0 where it did not end by itself."""
     def __init__(
         self,
         *,
         request_id: _builtins.str = ...,
         kind: Global___RequestEvent.Kind.ValueType = ...,
+        num_tokens: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["kind", b"kind", "request_id", b"request_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["kind", b"kind", "num_tokens", b"num_tokens", "request_id", b"request_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
