@@ -43,6 +43,10 @@ from disagg.workload import TimedRequest, Workload
 _FRONTEND = "sim"
 _MODEL = "sim"
 _PROGRESS_EVERY = 2048
+# Policies that look at no prediction: for them, samples would only cost time.
+_UNPREDICTING = {
+    *("round_robin", "least_loaded", "power_of_two", "prefix_aware", "splitwise_jsq", "distserve_fcfs"),
+}
 # As disagg.service.orchestrator has it, which can't be imported without asyncio and gRPC.
 RETRY_DELAY_S = 0.05
 
@@ -53,8 +57,8 @@ class _Story:
 
     attempts: numbers its submissions, as the orchestrator does. placements: numbers its placements, so that
     what was set in motion for an earlier one is void. prefill: None once its KV there is lost. cached: tokens
-    of a reservation that need no copy. sent_in_vain: KV went to a decode worker that is lost.
-    stalled_at: when its last worker was lost.
+    of a reservation that need no copy; beside: other pulls when it was made. sent_in_vain: KV went to a
+    decode worker that is lost. stalled_at: when its last worker was lost.
     """
 
     index: int
@@ -68,6 +72,8 @@ class _Story:
     attempts: int = 0
     placements: int = 0
     cached: int = 0
+    reserved_at: float = 0.0
+    beside: int = 0
     held_at: float = 0.0
     stalled_at: float | None = None
     held: bool = False
@@ -116,6 +122,8 @@ class Simulation:
         self._root = chain_root(_MODEL)
         self._handoff = spec.links.handoff
         self._costs: dict[str, CostModel] = {}
+        name = spec.router.policy if policy is None else policy.name
+        self._predicting = name not in _UNPREDICTING
         self.workers = self._make_workers(fast)
         self.network = self._make_network()
         self._kv_bytes = spec.shape.kv_bytes_per_token
@@ -126,6 +134,8 @@ class Simulation:
         self._on_progress = on_progress
         # Workers whose loss has been noticed.
         self._gone: set[str] = set()
+        # How many pulls each worker has under way.
+        self._pulls: dict[str, int] = {}
         schedule_faults(spec.faults, self, self.loop, set(self.workers))
 
     def _make_workers(self, fast: bool) -> dict[str, SimWorker]:
@@ -169,6 +179,7 @@ class Simulation:
                 fast=fast,
                 arrived=self._handoff != "serial",
                 watch_prefills=self._handoff == "overlapped",
+                sample_steps=self._predicting,
                 pipeline=pipeline,
             )
 
@@ -434,18 +445,29 @@ class Simulation:
         elif story.prefill is None:
             self._recompute(story)
         else:
-            story.pulling = True
+            story.pulling, story.reserved_at = True, self.loop.now
+            story.beside = self._pulls.get(worker.info.worker_id, 0)
+            self._pulls[worker.info.worker_id] = story.beside + 1
             self._send(story, missing / (len(story.tokens) - 1), self._pulled)
 
     def _pulled(self, story: _Story) -> None:
         assert story.decode is not None
         story.pulling = False
+        self._end_pull(story.decode)
+        num_tokens = len(story.tokens) - 1 - story.cached
+        story.decode.pulled(self.loop.now - story.reserved_at, num_tokens, story.beside)
         self._received(story)
         story.decode.activate(story.decode_id, len(story.tokens) - 1)
+
+    def _end_pull(self, worker: SimWorker) -> None:
+        worker_id = worker.info.worker_id
+        self._pulls[worker_id] = self._pulls.get(worker_id, 1) - 1
 
     def _recompute(self, story: _Story) -> None:
         """The KV can't be had any more: the decode worker computes what it has not cached."""
         assert story.decode is not None
+        if story.pulling:
+            self._end_pull(story.decode)
         self.records.transfer[story.index] = self.loop.now - story.held_at
         story.decode.activate(story.decode_id, story.cached)
 
@@ -463,6 +485,7 @@ class Simulation:
         if not worker.alive:
             return
         num_tokens = worker.die()
+        self._pulls.pop(worker_id, None)
         self.network.drop(worker_id)
         died_at, incarnation = self.loop.now, worker.info.incarnation
         self._after_s(detect_s, lambda: self._notice_loss(worker, incarnation, num_tokens, died_at))

@@ -23,6 +23,7 @@ from disagg.sim.decode_run import SAMPLED, DecodeRun, num_tokens
 from disagg.sim.events import EventLoop
 from disagg.sim.gaps import Gaps
 from disagg.sim.pipeline import Pipeline
+from disagg.sim.step_samples import StepSamples
 from disagg.types import Request, SampledToken, StepOutput, WorkerInfo, WorkerStatus
 
 # Empty batches in a row after which an engine is taken to be stuck: one can follow a preemption.
@@ -70,6 +71,7 @@ class Usage:
 class SimWorker:
     """One worker. fast: take runs of decode steps as one, see disagg.sim.decode_run.
 
+    sample_steps: report how long steps and pulls take, for routers that predict.
     arrived: KV of a hand-off is there before its request is added, so a reservation is active at once.
     pipeline: stages that its steps pass and share with other engines; such steps are taken singly. info: its
     incarnation changes when it is replaced. usage: over all incarnations.
@@ -88,12 +90,14 @@ class SimWorker:
         fast: bool = True,
         arrived: bool = False,
         watch_prefills: bool = False,
+        sample_steps: bool = False,
         pipeline: Pipeline | None = None,
     ) -> None:
         self.info = info
         self.pool = pool
         self.usage = Usage()
         self.watch_prefills = watch_prefills
+        self._samples = StepSamples() if sample_steps else None
         self._config = config
         self._cost = cost
         self._loop = loop
@@ -253,13 +257,18 @@ class SimWorker:
 
     def _begin_leg(self, run: DecodeRun, items: list[ScheduledSequence], *, single: bool) -> None:
         if items:
-            seconds = self._cost.step_s(self._chunks(items), run.size, run.context)
+            chunks = self._chunks(items)
+            seconds = self._cost.step_s(chunks, run.size, run.context)
+            if self._samples is not None:
+                self._samples.step(seconds * self._slowdown, chunks, run.size, run.context)
             fixed, slope = seconds, 0.0
         else:
             line = self._lines.get(run.size)
             if line is None:
                 line = self._lines[run.size] = self._cost.decode_line(run.size)
             fixed, slope = line
+            if self._samples is not None:
+                self._samples.step((fixed + slope * run.context) * self._slowdown, (), run.size, run.context)
         self._items = items
         end = run.begin(self._loop.now, fixed * self._slowdown, slope * self._slowdown, single=single)
         self._version += 1
@@ -287,6 +296,8 @@ class SimWorker:
         chunks = self._chunks([item for item in batch.items if not _is_decode(item)])
         context = sum(len(seq.token_ids) for seq in decodes)
         seconds = self._cost.step_s(chunks, len(decodes), context) * self._slowdown
+        if self._samples is not None:
+            self._samples.step(seconds, chunks, len(decodes), context)
         self._version += 1
         now = self._loop.now
         end = now + seconds if self._pipeline is None else self._pipeline.enter(now, seconds)
@@ -364,7 +375,15 @@ class SimWorker:
         if lagging:
             load = replace(load, kv_blocks_used=load.kv_blocks_used + lagging)
         blocks = self._block_events(snapshot) if with_blocks else None
-        return WorkerReport(self.info, WorkerStatus.READY, load, blocks)
+        if self._samples is None:
+            return WorkerReport(self.info, WorkerStatus.READY, load, blocks)
+        steps, transfers = self._samples.take()
+        return WorkerReport(self.info, WorkerStatus.READY, load, blocks, steps, transfers)
+
+    def pulled(self, seconds: float, num_tokens: int, num_others: int) -> None:
+        """Note how long a pull took, beside so many others."""
+        if self._samples is not None:
+            self._samples.pull(seconds, num_tokens, num_others)
 
     def _count_ended_steps(self, run: DecodeRun) -> None:
         steps = min(run.steps_done(self._loop.now), run.leg_steps - 1)

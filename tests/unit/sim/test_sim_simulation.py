@@ -170,6 +170,22 @@ def test_seed_matters_where_choices_are_drawn() -> None:
     assert sum(counts[0]) == sum(counts[1])
 
 
+def test_predicting_policy_learns_what_steps_and_pulls_take(profile: Path) -> None:
+    """The profile is linear, so that what the live predictors should find is known."""
+    links = {"bandwidth_gb_s": 1e-3 * KV_BYTES}  # a microsecond a token
+    pools = {"p": pool("prefill"), "d": pool("decode")}
+    spec = spec_of(pools, profile=profile, links=links, router={"policy": "slo", "local_prefill": False})
+    simulation, records = run(spec, workload(200, rate=8.0))
+    router = simulation.frontend.router
+    assert set(records.outcome) == {Outcome.DONE} and router is not None
+    states, predictors = router.view.workers, router.view.predictors
+    a, b, c = predictors.of(router.view.slot("p-0") or 0, states["p-0"].info).prefill.coefficients
+    assert a + 200 * b + c * 2e4 == pytest.approx(0.030, rel=0.05)
+    a, b, c = predictors.of(router.view.slot("d-0") or 0, states["d-0"].info).decode.coefficients
+    assert a + 8 * b + c * 2000 == pytest.approx(0.020, rel=0.05)
+    assert simulation.frontend.placements["slo", "disaggregated"] == 200
+
+
 @settings(max_examples=25, deadline=None)
 @given(
     rows=st.lists(
