@@ -14,6 +14,7 @@ from disagg.cli.serve import serve
 from disagg.cli.simulate import simulate
 from disagg.cli.status import status
 from disagg.cli.talk import chat
+from disagg.cli.top import top
 
 app = typer.Typer(
     name="disagg",
@@ -25,6 +26,7 @@ app = typer.Typer(
 app.command()(serve)
 app.command()(chat)
 app.command()(status)
+app.command()(top)
 app.command()(doctor)
 app.command()(simulate)
 app.command()(plan)
