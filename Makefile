@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: run test check proto proto-check bench setup clean
+.PHONY: run test check proto proto-check bench bench-gpu setup clean
 .DEFAULT_GOAL := run
 
 setup: $(VENV)/.installed
@@ -34,6 +34,10 @@ proto-check: setup
 
 bench: setup
 	$(BIN)/python benchmarks/kv_transfer.py
+
+# Uses the python that has a GPU's torch and triton, not the virtual environment.
+bench-gpu:
+	$(PYTHON) benchmarks/gpu.py --json gpu.json --plot gpu.png
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import os
 import resource
 import shlex
 import statistics
@@ -562,6 +563,11 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--no-peer", action="store_true", help="compare with nothing")
     parser.add_argument("--profile", action="store_true", help="print where each row's time went")
     parser.add_argument("--json", type=Path)
+    parser.add_argument(
+        "--device",
+        choices=("cpu", "cuda"),
+        help="measure the GPU's engine, see engine_device.py; cpu runs it tiny, under Triton's interpreter",
+    )
     return parser.parse_args()
 
 
@@ -589,8 +595,25 @@ def measure(
     return rows, chosen
 
 
+def measure_device(arguments: argparse.Namespace) -> None:
+    """Measure the engine of a GPU: all shapes of engine_device, or the one of --shape if it is there."""
+    if arguments.device == "cpu":
+        # Before anything imports triton, which reads it once.
+        os.environ["TRITON_INTERPRET"] = "1"
+    import engine_device
+
+    shapes = [name for name in engine_device.SHAPES if name == arguments.shape] or list(engine_device.SHAPES)
+    machine, rows = engine_device.measure(torch.device(arguments.device), shapes, arguments.runs)
+    print_table(rows, machine, Console())
+    if arguments.json is not None:
+        arguments.json.write_text(json.dumps({"machine": machine, "rows": rows}, indent=2) + "\n")
+
+
 def main() -> None:
     arguments = parse_arguments()
+    if arguments.device is not None:
+        measure_device(arguments)
+        return
     torch.set_num_threads(arguments.threads)
     machine = {**describe_machine(), "threads": arguments.threads, "shape": arguments.shape}
     console = Console()
