@@ -10,7 +10,7 @@ import numpy as np
 
 from disagg.errors import InvalidRequestError, NoCapacityError
 from disagg.routing.prefix_index import PrefixIndex
-from disagg.routing.types import Placement, PlacementKind, PlacementRequest
+from disagg.routing.types import Placement, PlacementKind, PlacementRequest, Prediction
 from disagg.routing.view import ClusterView, Floats, Pools, Slots, max_tokens
 
 _TIE = 1e-9
@@ -39,7 +39,9 @@ class Choice:
     degraded: bool = False
     depths: tuple[int, int] = (0, 0)
 
-    def placement(self, request: PlacementRequest, view: ClusterView, policy: str) -> Placement:
+    def placement(
+        self, request: PlacementRequest, view: ClusterView, policy: str, prediction: Prediction | None = None
+    ) -> Placement:
         """Return the choice by names."""
         kind = PlacementKind.LOCAL if self.prefill == self.decode else PlacementKind.DISAGGREGATED
         cached = self.depths[0] * int(view.block_size[self.prefill])
@@ -50,6 +52,7 @@ class Choice:
             cached_tokens=min(cached, request.num_tokens - 1),
             policy=policy,
             kind=PlacementKind.DEGRADED if self.degraded else kind,
+            prediction=prediction,
         )
 
 

@@ -32,6 +32,8 @@ _LEAST_SPREAD, _MOST_SPREAD, _SPREAD_STEP = 0.01, 0.5, 1.05
 # Samples until residuals are looked at: before, there is no usual one.
 _WARM = 6
 _TINY_S = 1e-6
+# Samples are weighed by the last solution, which so many more make stale.
+_UNSOLVED = 16
 _PAIRS = ((0, 0), (0, 1), (0, 2), (1, 1), (1, 2), (2, 2))
 _SUBSETS = tuple(set_ for size in (3, 2, 1) for set_ in combinations(range(3), size))
 
@@ -71,7 +73,7 @@ class Fit:
         self._info = [0.0] * 6
         self._vector = [0.0] * 3
         self._weight = 0.0
-        self._unsolved = False
+        self._unsolved = 0
         self._level = 1.0
         self._shape = self.coefficients = coefficients
         self.num_samples = 0
@@ -81,8 +83,8 @@ class Fit:
             self._info = [value * share for value in prior._info]
             self._vector = [value * share for value in prior._vector]
             self._weight = prior._weight * share
-            self._shape = self.coefficients = prior._shape
-            self.spread = prior.spread
+            self._shape, self._level = prior._shape, prior._level
+            self.coefficients, self.spread = prior.coefficients, prior.spread
             self.num_samples = prior.num_samples
 
     @property
@@ -96,15 +98,17 @@ class Fit:
         return c0 + c1 * x1 + c2 * x2
 
     def add(self, x1: float, x2: float, seconds: float) -> None:
-        """Take a sample in; `solve` makes use of it. Samples without a duration are ignored."""
+        """Take a sample in, of which `solve` makes use. Samples without a duration are ignored."""
         if not _TINY_S < seconds < 1e6:
             return
         scale, weight = seconds, 1.0
+        if self._unsolved >= _UNSOLVED or (self._unsolved and self.num_samples == _WARM):
+            self.solve()
         if self.num_samples >= _WARM:
             scale = max(self.predict(x1, x2), _TINY_S)
             weight = self._follow((seconds - scale) / scale)
         self.num_samples += 1
-        self._unsolved = True
+        self._unsolved += 1
         row = (1 / scale, x1 / (scale * self._unit[0]), x2 / (scale * self._unit[1]))
         target, keep = seconds / (scale * self._level), self._forgetting
         self._weight = keep * self._weight + weight
@@ -132,7 +136,7 @@ class Fit:
         info, unit = self._info, (1.0, *self._unit)
         if info[0] <= 0 or not self._unsolved:
             return self.coefficients
-        self._unsolved = False
+        self._unsolved = 0
         matrix = [[0.0] * 3 for _ in range(3)]
         for at, (i, j) in enumerate(_PAIRS):
             matrix[i][j] = matrix[j][i] = info[at]

@@ -13,6 +13,7 @@ from disagg.config import RouterConfig
 from disagg.errors import InvalidRequestError
 from disagg.routing.assumptions import Assumptions
 from disagg.routing.charges import Charge
+from disagg.routing.estimates import predict
 from disagg.routing.policies import Policy, make_policy
 from disagg.routing.prefix_index import PrefixIndex
 from disagg.routing.types import Placement, PlacementRequest, WorkerReport
@@ -20,6 +21,8 @@ from disagg.routing.view import ClusterView
 
 # No request lives this long; a charge that does has lost its front end's word.
 CHARGE_TTL_S = 3600.0
+# Prediction errors kept until somebody asks for them.
+MAX_ERRORS = 4096
 
 
 class Router:
@@ -44,6 +47,7 @@ class Router:
         self.index = PrefixIndex(max_index_entries)
         self.counters: Counter[tuple[str, str]] = Counter()
         self._assumptions = Assumptions(self.index)
+        self._errors: list[tuple[str, float]] = []
         self._rng = rng
 
     # -- requests ------------------------------------------------------------------------------------
@@ -59,25 +63,53 @@ class Router:
         # A retry's earlier charge must not count against the workers that it is now weighed on.
         self.finished(request.request_id)
         choice = self.policy.choose(request, self.view, self.index, self._rng)
-        placement = choice.placement(request, self.view, self.policy.name)
+        prediction = predict(request, self.view, choice.prefill, choice.decode, choice.depths)
+        placement = choice.placement(request, self.view, self.policy.name, prediction)
         charge, ended = self.view.charge(request, choice.prefill, choice.decode, choice.depths, now)
+        charge.prediction = prediction
         for other in ended:
             self._assumptions.ended(other)
         self._assumptions.placed(charge)
         self.counters[placement.policy, placement.kind.value] += 1
         return placement
 
-    def prefilled(self, request_id: str) -> None:
-        """The request's first token is out: its load moves to the decode worker. Unknown ids are ignored."""
-        charge = self.view.prefilled(request_id)
-        if charge is not None:
-            self._assumptions.prefilled(charge)
+    def prefilled(self, request_id: str, now: float | None = None) -> None:
+        """The request's first token is out: its load moves to the decode worker. Unknown ids are ignored.
 
-    def finished(self, request_id: str) -> None:
-        """The request has ended, however. Unknown ids are ignored."""
+        now: when it was, for the predictors' error.
+        """
+        charge = self.view.prefilled(request_id)
+        if charge is None:
+            return
+        self._assumptions.prefilled(charge)
+        charge.prefilled_at = now
+        if now is not None and charge.prediction is not None:
+            self._note_error("ttft", charge.prediction.ttft, now - charge.placed_at, charge)
+
+    def finished(self, request_id: str, now: float | None = None, num_tokens: int = 0) -> None:
+        """The request has ended, however. Unknown ids are ignored.
+
+        now, num_tokens: when, and after how many tokens, where it ended by itself.
+        """
         charge = self.view.finished(request_id)
-        if charge is not None:
-            self._assumptions.ended(charge)
+        if charge is None:
+            return
+        self._assumptions.ended(charge)
+        self.view.answered(num_tokens)
+        if num_tokens > 1 and now is not None and charge.prefilled_at is not None:
+            tpot = (now - charge.prefilled_at) / (num_tokens - 1)
+            if charge.prediction is not None:
+                self._note_error("tpot", charge.prediction.tpot, tpot, charge)
+
+    def _note_error(self, name: str, predicted: float, actual: float, charge: Charge) -> None:
+        fitted = charge.prediction is not None and charge.prediction.fitted
+        if fitted and actual > 0 and len(self._errors) < MAX_ERRORS:
+            self._errors.append((name, predicted / actual - 1))
+
+    def take_errors(self) -> list[tuple[str, float]]:
+        """Return ("ttft" or "tpot", predicted / actual - 1) of what came out since the last call."""
+        errors, self._errors = self._errors, []
+        return errors
 
     def frontend_left(self, frontend_id: str) -> None:
         """A front end is gone, and with it the charges of its requests."""

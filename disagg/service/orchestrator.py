@@ -120,7 +120,8 @@ class Orchestrator:
             outcome = _outcome_of(error)
             raise
         finally:
-            self._router.finished(request.request_id)
+            ended = outcome in ("stop", "length") and not story.lost
+            self._router.finished(request.request_id, story.num_output_tokens if ended else 0)
             if outcome == "abort" and story.timeline.complete:
                 outcome = "stop"
             self._end(story, outcome)

@@ -171,15 +171,19 @@ class RouterClient:
         self._local.prefilled(request_id)
         self._send(request_id, router_pb2.RequestEvent.KIND_PREFILLED)
 
-    def finished(self, request_id: str) -> None:
-        """The request has ended, however."""
+    def finished(self, request_id: str, num_tokens: int = 0) -> None:
+        """The request has ended, however. num_tokens: of an answer that ended by itself."""
         self._local.finished(request_id)
-        self._send(request_id, router_pb2.RequestEvent.KIND_FINISHED)
+        self._send(request_id, router_pb2.RequestEvent.KIND_FINISHED, num_tokens)
 
-    def _send(self, request_id: str, kind: router_pb2.RequestEvent.Kind.ValueType) -> None:
+    def _send(
+        self, request_id: str, kind: router_pb2.RequestEvent.Kind.ValueType, num_tokens: int = 0
+    ) -> None:
         # A router to which no stream stands has dropped this front end's charges already.
         if self._stub is not None:
-            self._events.append(router_pb2.RequestEvent(request_id=request_id, kind=kind))
+            self._events.append(
+                router_pb2.RequestEvent(request_id=request_id, kind=kind, num_tokens=num_tokens)
+            )
             self._events_ready.set()
 
     async def scrape(self, timeout: float) -> bytes:

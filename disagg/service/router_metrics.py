@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter as Tally
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
@@ -14,6 +14,7 @@ DECISION_BUCKETS = (
     *(10e-6, 20e-6, 30e-6, 50e-6, 75e-6, 100e-6, 150e-6, 200e-6, 300e-6, 500e-6, 750e-6),
     *(1e-3, 2e-3, 5e-3, 10e-3, 50e-3),
 )
+ERROR_BUCKETS = (-0.75, -0.5, -0.3, -0.2, -0.15, -0.1, -0.05, 0.0, 0.05, 0.1, 0.15, 0.2, 0.3, 0.5, 1.0, 3.0)
 _STATES = (WorkerStatus.STARTING, WorkerStatus.READY, WorkerStatus.DRAINING)
 
 
@@ -43,7 +44,19 @@ class RouterMetrics:
         self._frontends = Gauge(
             "disagg_router_frontends", "Front ends that are attached to the router.", registry=self.registry
         )
+        self._error = Histogram(
+            "disagg_router_prediction_error_ratio",
+            "Predicted over actual time, less 1, of placements that rested on measured steps.",
+            ("what",),
+            buckets=ERROR_BUCKETS,
+            registry=self.registry,
+        )
         self._counted: Tally[tuple[str, str]] = Tally()
+
+    def observe_errors(self, errors: Iterable[tuple[str, float]]) -> None:
+        """Count relative errors of "ttft" and "tpot", negative where it took longer than predicted."""
+        for what, error in errors:
+            self._error.labels(what).observe(error)
 
     def exposition(
         self,

@@ -128,6 +128,7 @@ class RouterServer(router_pb2_grpc.RouterServicer):
         return wire.placement_to_proto(placement)
 
     async def Scrape(self, request: worker_pb2.ScrapeRequest, context: Context) -> worker_pb2.ScrapeResponse:
+        self._metrics.observe_errors(self.router.take_errors())
         exposition = self._metrics.exposition(
             self.router.view.workers, self.router.counters, self.num_frontends
         )
@@ -247,9 +248,9 @@ class RouterServer(router_pb2_grpc.RouterServicer):
             self._gathering.answer(attached[0], answer.number, answer.body)
         for event in message.events:
             if event.kind == router_pb2.RequestEvent.KIND_PREFILLED:
-                self.router.prefilled(event.request_id)
+                self.router.prefilled(event.request_id, self._clock())
             elif event.kind == router_pb2.RequestEvent.KIND_FINISHED:
-                self.router.finished(event.request_id)
+                self.router.finished(event.request_id, self._clock(), max(0, event.num_tokens))
             else:
                 raise InvalidRequestError("unknown kind of event", param="events.kind")
 

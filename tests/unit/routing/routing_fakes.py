@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from typing import Any
 
 from disagg.config import RouterConfig
 from disagg.routing.router import Router
-from disagg.routing.types import BlockEvents, PlacementRequest, WorkerReport
+from disagg.routing.types import BlockEvents, PlacementRequest, StepSample, WorkerReport
 from disagg.types import Role, WorkerInfo, WorkerLoad, WorkerStatus
 
 PREFILL, DECODE, MIXED = Role.PREFILL, Role.DECODE, Role.MIXED
@@ -34,9 +35,10 @@ def report(
     status: WorkerStatus = WorkerStatus.READY,
     load: WorkerLoad | None = None,
     blocks: BlockEvents | None = None,
+    steps: Sequence[StepSample] = (),
     **more: Any,
 ) -> WorkerReport:
-    return WorkerReport(info(worker_id, role, **more), status, load or WorkerLoad(), blocks)
+    return WorkerReport(info(worker_id, role, **more), status, load or WorkerLoad(), blocks, steps)
 
 
 def request(request_id: str, num_tokens: int = 160, **more: Any) -> PlacementRequest:

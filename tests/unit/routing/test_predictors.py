@@ -1,0 +1,117 @@
+"""Fits of step times: what they find, what they withstand; and what placements are predicted to take."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from routing_fakes import DECODE, PREFILL, report, request, router
+
+from disagg.routing.fit import Fit
+from disagg.routing.router import Router
+from disagg.routing.types import PlacementKind, StepSample
+from disagg.types import WorkerLoad
+
+TRUE = (0.004, 3e-4, 2e-8)
+
+
+def seconds(tokens: float, attended: float) -> float:
+    return TRUE[0] + TRUE[1] * tokens + TRUE[2] * attended
+
+
+def feed(fit: Fit, count: int, rng: random.Random, *, noise: float = 0.05, outliers: float = 0.0) -> None:
+    for _ in range(count):
+        tokens, context = rng.choice([16, 64, 128, 512]), rng.randrange(3000)
+        attended = tokens * (context + tokens / 2)
+        took = seconds(tokens, attended) * rng.lognormvariate(0, noise)
+        fit.add(tokens, attended, took * 10 if rng.random() < outliers else took)
+    fit.solve()
+
+
+@pytest.mark.parametrize("outliers", [0.0, 0.05])
+def test_a_fit_predicts_what_it_was_not_shown(outliers: float) -> None:
+    fit = Fit((256.0, 1e5))
+    feed(fit, 600, random.Random(3), outliers=outliers)
+    for tokens, context in ((32, 500), (256, 0), (400, 2000)):
+        attended = tokens * (context + tokens / 2)
+        assert fit.predict(tokens, attended) == pytest.approx(seconds(tokens, attended), rel=0.1)
+
+
+def test_a_machine_that_becomes_slower_is_followed_and_dull_traffic_does_not_bend_the_fit() -> None:
+    fit = Fit((256.0, 1e5))
+    feed(fit, 400, random.Random(5))
+    for _ in range(150):
+        fit.add(100, 5000, 3 * seconds(100, 5000))
+        fit.solve()
+    assert fit.predict(100, 5000) == pytest.approx(3 * seconds(100, 5000), rel=0.1)
+    assert fit.predict(512, 512 * 256) == pytest.approx(3 * seconds(512, 512 * 256), rel=0.3)
+
+
+def test_a_new_worker_begins_where_its_kind_is() -> None:
+    kind = Fit((256.0, 1e5), forgetting=0.999)
+    feed(kind, 300, random.Random(7))
+    new = Fit((256.0, 1e5), prior=kind)
+    assert new.fitted
+    assert new.predict(64, 2048) == pytest.approx(kind.predict(64, 2048))
+    assert not Fit((256.0, 1e5)).fitted
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(st.tuples(st.integers(0, 4096), st.integers(0, 10**7), st.floats(0, 1e3)), max_size=60),
+)
+def test_coefficients_are_never_negative_nor_absurd(samples: list[tuple[int, int, float]]) -> None:
+    fit = Fit((256.0, 1e5))
+    for tokens, attended, took in samples:
+        fit.add(tokens, attended, took)
+        assert all(0 <= value < 1e9 for value in fit.solve())
+
+
+def profiled(**pools: int) -> Router:
+    made = router("slo", **pools)
+    steps = [StepSample(seconds(n, n * n / 2), n, n * n // 2) for n in (16, 64, 128, 256, 512)] * 3
+    steps += [
+        StepSample(0.01 + 1e-3 * batch + 1e-7 * context, num_decodes=batch, context=context)
+        for batch in (1, 4, 16)
+        for context in (100, 1000, 10_000)
+    ] * 2
+    for worker_id, state in list(made.view.workers.items()):
+        made.worker_report(report(worker_id, state.info.role, steps=steps), 0.0)
+    return made
+
+
+def test_predictions_follow_measured_steps_and_their_error_is_told() -> None:
+    made = profiled(prefill=1, decode=1)
+    placement = made.place(request("r", 400, max_new_tokens=101), 10.0)
+    assert placement.prediction is not None and placement.prediction.fitted
+    assert placement.kind is PlacementKind.DISAGGREGATED or placement.prefill_worker == "decode-0"
+    ttft, tpot = placement.prediction.ttft, placement.prediction.tpot
+    assert ttft == pytest.approx(seconds(400, 80_000), rel=0.3)
+    assert tpot == pytest.approx(0.011, rel=0.3)
+    made.prefilled("r", 10.0 + ttft * 2)
+    made.finished("r", 10.0 + ttft * 2 + 100 * tpot, 101)
+    errors = dict(made.take_errors())
+    assert errors == {"ttft": pytest.approx(-0.5), "tpot": pytest.approx(0.0, abs=1e-6)}
+    assert made.take_errors() == []
+
+
+def test_nothing_is_said_of_predictions_that_rest_on_no_measurement() -> None:
+    made = router("slo", prefill=1, decode=1)
+    made.place(request("r"), 0.0)
+    made.prefilled("r", 1.0)
+    made.finished("r", 2.0, 10)
+    assert made.take_errors() == []
+
+
+def test_a_short_prompt_is_prefilled_on_an_idle_decode_worker_and_a_long_one_is_not() -> None:
+    made = profiled(prefill=1, decode=1)
+    made.worker_report(report("prefill-0", PREFILL, load=WorkerLoad(1, 2, waiting_tokens=8000)), 0.1)
+    assert made.place(request("short", 64), 0.2).kind is PlacementKind.LOCAL
+    assert made.place(request("long", 2000), 0.2).kind is PlacementKind.DISAGGREGATED
+    made.worker_report(report("decode-0", DECODE, load=WorkerLoad(40, 0)), 0.3)
+    made.worker_report(report("prefill-0", PREFILL), 0.3)
+    made.finished("short")
+    made.finished("long")
+    assert made.place(request("beside", 64), 0.4).kind is PlacementKind.DISAGGREGATED
