@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import asyncio
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
 
 from disagg.bench import serve as bench
-from disagg.bench.client import Endpoint
+from disagg.bench.client import Client, Endpoint
 from disagg.bench.failures import BenchError, WarmUpError
 from disagg.bench.prompts import EndpointKind
 from disagg.bench.report import Report, render, to_json
@@ -181,6 +183,71 @@ def serve(
         raise typer.Exit(EXIT_FAILED_REQUESTS if failed else EXIT_USAGE) from error
     Console().print(render(report))
     raise typer.Exit(_exit_code(report))
+
+
+@bench_app.command()
+def profile(
+    json_file: Annotated[Path, typer.Option("--json", help="Write the profile here.")],
+    url: Annotated[str, typer.Option()] = "http://127.0.0.1:8000",
+    model: Annotated[str | None, typer.Option(help="Default: the one that is served.")] = None,
+    api_key: Annotated[str | None, typer.Option(envvar=["DISAGG_API_KEY", "OPENAI_API_KEY"])] = None,
+    max_input_len: Annotated[int, typer.Option(help="Tokens of the longest prompt.", min=16)] = 1024,
+    repeats: Annotated[int, typer.Option(help="Rounds of probes; medians count.", min=1)] = 3,
+) -> None:
+    """Measure an idle cluster's step times, as `disagg simulate` reads them (cost: {kind: profile}).
+
+    Exits 2 if the endpoint can't be measured.
+    """
+    console = Console(stderr=True)
+    try:
+        if not json_file.parent.is_dir():
+            raise BenchError("--json", f"no folder {json_file.parent}")
+        made = _profile(
+            bench.ServeOptions(url=url, model=model, api_key=api_key), max_input_len, repeats, console
+        )
+        bench.write_json(json_file, made)
+    except BenchError as error:
+        console.print(f"error: {error}", style="red", markup=False, highlight=False)
+        raise typer.Exit(EXIT_USAGE) from error
+    Console().print(_profile_table(made))
+
+
+def _profile(
+    options: bench.ServeOptions, max_input_len: int, repeats: int, console: Console
+) -> dict[str, Any]:
+    from disagg.bench.profile import STREAM_OUT, Profiler, fit_profile
+    from disagg.workload import TimedRequest, Workload
+
+    address = Endpoint.parse(options.url, options.api_key)
+    longest = Workload("profile", (TimedRequest(0.0, max_input_len, STREAM_OUT),))
+    builder = bench.prepare(options, longest, address)
+
+    async def measure() -> dict[str, Any]:
+        client = Client(address, options.timeout)
+        profiler = Profiler(client.stream, builder, max_tokens=max_input_len, repeats=repeats)
+        columns = (TextColumn("probes"), BarColumn(), TimeRemainingColumn())
+        try:
+            with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+                bar = progress.add_task("probes", total=1.0)
+                return fit_profile(await profiler.run(lambda share: progress.update(bar, completed=share)))
+        finally:
+            client.close()
+
+    return asyncio.run(measure())
+
+
+def _profile_table(made: dict[str, Any]) -> Table:
+    table = Table("phase", "constant, ms", "per token or stream, ms", "per token of context, µs")
+    for name in ("prefill", "decode", "request", "handoff"):
+        own = made[name]
+        b, c = own.get("b"), own.get("c")
+        table.add_row(
+            name,
+            f"{own['a'] * 1e3:.2f}",
+            "" if b is None else f"{b * 1e3:.4f}",
+            "" if c is None else f"{c * 1e6:.4f}",
+        )
+    return table
 
 
 def _run(options: bench.ServeOptions, json_file: Path | None, console: Console) -> Report:

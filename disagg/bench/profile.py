@@ -1,0 +1,157 @@
+"""A cost profile of a running cluster, as its clients see it; read by the simulator's `profile` cost model.
+
+Measured through the endpoint rather than on an engine alone: what workers, front end, router and client take
+from each other on one machine is in it, and it needs nothing of a worker but that it serves.
+
+    lone prompts     TTFT = request + prefill a + b * tokens + c * tokens * context
+    k streams        gap  = decode  a + b * k      + c * cached tokens
+    second tokens    gap  = decode step + hand-off a + b * tokens
+
+A step with few tokens costs what a decode step does, whatever they are; what a lone prompt takes beyond that
+before its first token is time outside the engine: `request`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, field
+from itertools import combinations
+from statistics import median
+from typing import Any
+
+import numpy as np
+
+from disagg.bench.client import RequestResult, StreamRequest
+from disagg.bench.failures import BenchError
+from disagg.bench.prompts import RequestBuilder
+from disagg.workload import TimedRequest
+
+PROMPTS = (16, 32, 64, 128, 256, 512, 1024, 2048)
+STREAMS = (1, 2, 4, 8)
+STREAM_IN, STREAM_OUT = 32, 48
+LONE_OUT = 3
+
+Send = Callable[[int, StreamRequest], Awaitable[RequestResult]]
+Features = tuple[float, ...]
+
+
+@dataclass
+class Samples:
+    """(features, seconds) of each kind; see the module's formulas."""
+
+    prompts: list[tuple[Features, float]] = field(default_factory=list)
+    gaps: list[tuple[Features, float]] = field(default_factory=list)
+    second_gaps: list[tuple[int, float]] = field(default_factory=list)
+
+
+class Profiler:
+    """Sends probes one after another. max_tokens: of the longest prompt; repeats: of each probe."""
+
+    def __init__(self, send: Send, builder: RequestBuilder, *, max_tokens: int, repeats: int) -> None:
+        self._send = send
+        self._builder = builder
+        self._prompts = [size for size in PROMPTS if size <= max_tokens] or [max_tokens]
+        self._repeats = repeats
+        self._sent = 0
+        self.samples = Samples()
+
+    async def run(self, on_progress: Callable[[float], None] = lambda share: None) -> Samples:
+        """Take all probes. Raises BenchError where a stream fails."""
+        long = self._prompts[-1] // 2
+        probes = [(size, 1, LONE_OUT) for size in self._prompts]
+        probes += [(min(STREAM_IN, long), k, STREAM_OUT) for k in STREAMS]
+        probes += [(long, k, STREAM_OUT) for k in STREAMS[::2]]
+        await self._streams(self._prompts[0], 1, LONE_OUT)  # connections, caches
+        total = self._repeats * len(probes)
+        for number in range(total):
+            # Round by round, so that a machine that changes its pace does so for all probes.
+            size, streams, tokens = probes[number % len(probes)]
+            results = await self._streams(size, streams, tokens)
+            if streams == 1:
+                self._note_lone(size, results[0])
+            if tokens == STREAM_OUT:
+                self._note_gaps(size, results)
+            on_progress((number + 1) / total)
+        return self.samples
+
+    async def _streams(self, prompt: int, count: int, tokens: int) -> list[RequestResult]:
+        requests = []
+        for _ in range(count):
+            self._sent += 1
+            requests.append(
+                (self._sent, self._builder.build_one(TimedRequest(0.0, prompt, tokens), self._sent))
+            )
+        results = await asyncio.gather(*(self._send(number, request) for number, request in requests))
+        for result in results:
+            if result.failure is not None:
+                raise BenchError("--url", f"a probe of {prompt} tokens failed: {result.failure}")
+        return list(results)
+
+    def _note_lone(self, size: int, result: RequestResult) -> None:
+        self.samples.prompts.append(((1.0, size, size * size / 2), result.ttft_s))
+        if len(result.token_times) > 1:
+            self.samples.second_gaps.append((size, result.token_times[1] - result.token_times[0]))
+
+    def _note_gaps(self, size: int, results: Sequence[RequestResult]) -> None:
+        """Take the gaps in which all streams ran; the first of each holds its hand-off."""
+        if any(len(result.token_times) < STREAM_OUT for result in results):
+            return  # tokens came many at a time: their gaps are not steps
+        begin = max(result.token_times[1] for result in results)
+        end = min(result.token_times[-1] for result in results)
+        count = len(results)
+        for result in results:
+            times = result.token_times
+            for index in range(2, len(times)):
+                if times[index - 1] >= begin and times[index] <= end:
+                    context = count * (size + index)
+                    self.samples.gaps.append(((1.0, count, context), times[index] - times[index - 1]))
+
+
+def fit_profile(samples: Samples) -> dict[str, Any]:
+    """Return the profile. Raises BenchError where there are too few samples of a kind."""
+    if len(samples.prompts) < 3 or len(samples.gaps) < 3:
+        raise BenchError("--url", "too few tokens came one by one to tell how long steps take")
+    decode, decode_error = _fit(samples.gaps)
+    whole, prefill_error = _fit(samples.prompts)
+    least = min(whole[0], decode[0] + decode[1])
+    handoff = []
+    for size, gap in samples.second_gaps:
+        handoff.append(((1.0, float(size)), max(1e-6, gap - decode[0] - decode[1] - decode[2] * (size + 1))))
+    (handoff_a, handoff_b), _ = _fit(handoff) if len(handoff) > 1 else ((0.0, 0.0), 0.0)
+    return {
+        "prefill": {"a": least, "b": whole[1], "c": whole[2]},
+        "decode": dict(zip("abc", decode, strict=True)),
+        "request": {"a": whole[0] - least},
+        "handoff": {"a": handoff_a, "b": handoff_b},
+        "measured": {
+            "prompts": len(samples.prompts),
+            "gaps": len(samples.gaps),
+            "prefill_error": prefill_error,
+            "decode_error": decode_error,
+        },
+    }
+
+
+def _fit(samples: Sequence[tuple[Features, float]]) -> tuple[tuple[float, ...], float]:
+    """Return coefficients that are not negative, with the least relative error, and that error's median.
+
+    Samples with the same features count as one, at their median: a step that was interrupted moves nothing.
+    With three features every subset can be tried, which is simpler than Lawson and Hanson's NNLS.
+    """
+    groups: dict[Features, list[float]] = {}
+    for features, seconds in samples:
+        groups.setdefault(features, []).append(seconds)
+    x = np.array(list(groups))
+    y = np.array([median(values) for values in groups.values()])
+    rows, ones = x / y[:, None], np.ones(len(y))
+    best, best_error = np.zeros(x.shape[1]), np.inf
+    for size in range(1, x.shape[1] + 1):
+        for columns in combinations(range(x.shape[1]), size):
+            picked = rows[:, columns]
+            solution = np.linalg.lstsq(picked, ones, rcond=None)[0]
+            error = float(((picked @ solution - 1) ** 2).sum())
+            if (solution >= 0).all() and error < best_error:
+                best, best_error = np.zeros(x.shape[1]), error
+                best[list(columns)] = solution
+    return tuple(best.tolist()), float(np.median(np.abs(rows @ best - 1)))
