@@ -67,8 +67,9 @@ class CostSpec(_Frozen):
     """Which cost model, and from which file (all but the roofline and free need one).
 
     name: of the hardware in a table, where it is not the pool's. batch_tokens: of a table, see TableCost.
-    The efficiencies and the overhead are the roofline's. free: steps take no time, which leaves the other
-    phase alone to be looked at.
+    The efficiencies, the overhead and decode_context are the roofline's; without decode_context a decode step
+    costs the same whatever its sequences attend to, as in splitwise-sim. free: steps take no time, which
+    leaves the other phase alone to be looked at.
     """
 
     kind: Literal["roofline", "table", "distserve", "profile", "free"] = "roofline"
@@ -78,6 +79,7 @@ class CostSpec(_Frozen):
     flops_efficiency: float = Field(0.6, gt=0, le=1)
     bandwidth_efficiency: float = Field(0.8, gt=0, le=1)
     step_overhead_ms: float = Field(3.0, ge=0)
+    decode_context: bool = True
 
     @model_validator(mode="after")
     def _file_where_needed(self) -> CostSpec:
@@ -213,6 +215,7 @@ class SimSpec(_Frozen):
                 flops_efficiency=spec.flops_efficiency,
                 bandwidth_efficiency=spec.bandwidth_efficiency,
                 step_overhead_s=spec.step_overhead_ms / 1000,
+                decode_context=spec.decode_context,
             )
         if spec.kind == "table":
             hardware = spec.name or pool.hardware

@@ -19,7 +19,8 @@ class RooflineCost:
     """Step times of a model on `tensor_parallel` GPUs.
 
     flops_efficiency, bandwidth_efficiency: share of the peak that kernels reach. step_overhead_s: launches
-    and scheduling once per step; layer_latency_s: of one all-reduce.
+    and scheduling once per step; layer_latency_s: of one all-reduce. decode_context: whether decodes pay for
+    the context that they read.
     """
 
     def __init__(
@@ -32,6 +33,7 @@ class RooflineCost:
         bandwidth_efficiency: float = 0.8,
         step_overhead_s: float = 0.003,
         layer_latency_s: float = 8e-6,
+        decode_context: bool = True,
     ) -> None:
         flops = hardware.flops * flops_efficiency * tensor_parallel
         bandwidth = hardware.bandwidth * bandwidth_efficiency * tensor_parallel
@@ -44,7 +46,7 @@ class RooflineCost:
         self._pair_s = 4 * model.num_layers * model.num_heads * model.head_dim / flops
         self._kv_s = model.kv_bytes_per_token / bandwidth
         # Decode attention reads each context token's KV for one query, so both sides grow alike.
-        self._context_s = max(self._pair_s, self._kv_s)
+        self._context_s = max(self._pair_s, self._kv_s) if decode_context else 0.0
         self._reduce_latency = 0.0
         self._reduce_token_s = 0.0
         if tensor_parallel > 1:

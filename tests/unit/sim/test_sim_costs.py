@@ -232,3 +232,10 @@ def test_published_files_are_read() -> None:
     cost = load_distserve(shared("distserve", "profiler-a100-80g.distserve.json"), "opt-13b", 1)
     milliseconds = 18.10254647486372 + 0.1019122572698738 * 512 + 7.122264314252114e-06 * 512**2
     assert cost.step_s(prompt(512), 0, 0) == pytest.approx(milliseconds / 1000)
+
+
+def test_roofline_without_decode_context() -> None:
+    model, hardware = MODELS["llama3-8b"], HARDWARE["h100-80gb"]
+    flat, real = RooflineCost(model, hardware, decode_context=False), RooflineCost(model, hardware)
+    assert flat.step_s((), 8, 100_000) == flat.step_s((), 8, 8) < real.step_s((), 8, 8)
+    assert real.step_s((), 8, 100_000) > 1.3 * flat.step_s((), 8, 100_000)
