@@ -237,7 +237,8 @@ class SimWorker:
     def _next_batch(self) -> Batch:
         now = self._loop.now
         batch = self.engine.schedule(now)
-        if self._arrived and self._take_arrived():
+        # Room for one more may show only once those before it are active.
+        while self._arrived and self._take_arrived():
             batch = self.engine.schedule(now)
         return batch
 

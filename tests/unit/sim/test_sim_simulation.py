@@ -67,6 +67,16 @@ def test_overlapped_hand_off_exposes_the_last_layer_or_what_prefill_did_not_cove
         assert simulation.network.num_bytes == pytest.approx(200 * KV_BYTES)
 
 
+@pytest.mark.parametrize("fast", [True, False])
+def test_pushed_requests_that_fill_the_cache_all_get_on(profile: Path, fast: bool) -> None:
+    """More wait than may receive at once: each is admitted when those before it are active."""
+    pools = {"p": pool("prefill", 8), "d": pool("decode", num_kv_blocks=100)}
+    links = {"handoff": "push", "bandwidth_gb_s": 1000}
+    spec = spec_of(pools, profile=profile, links=links, router={"policy": "round_robin"})
+    _, records = run(spec, requests(*[(0.0, 200, 20)] * 16), fast=fast)
+    assert set(records.outcome) == {Outcome.DONE}
+
+
 def test_answer_of_one_token_is_not_handed_off(profile: Path) -> None:
     simulation, records = run(spec_of(SPLIT, profile=profile), requests((0.0, 200, 1)))
     assert simulation.network.num_bytes == 0
