@@ -4,6 +4,9 @@ Everything is drawn from a ``random.Random``, so the same seed gives the same da
 of turns that belong together (a list of codes, then questions about it). A *session* is a chat made of
 scripts until a token budget is used up; a *document* is a list of ``(text, supervised)`` segments.
 
+Few ways to ask are taught, so that a short training goes into the answers. Most answers restate what was
+asked ("fox=4821", "12+34=46"): the last few tokens then say what comes next, wherever it is found.
+
 Problems are split by a checksum of what is asked (``is_held_out``): the training stream never contains
 a held-out problem, so the accuracy of ``evaluate.py`` is not recall of the training data.
 """
@@ -28,7 +31,6 @@ Pairs = list[tuple[str, str]]
 HELD_OUT_SHARE = 10
 LARGEST_TERM = 99
 LARGEST_COUNT = 999
-LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
 
 @dataclass(frozen=True)
@@ -67,172 +69,79 @@ def log_uniform(rng: Random, low: int, high: int) -> int:
 
 
 def vary(rng: Random, phrase: str) -> str:
-    """A spelling variant of ``phrase``: other casing, punctuation or a polite addition."""
+    """A spelling variant of ``phrase``: without its last mark, in lower case, or with another mark."""
     kind = rng.random()
-    if kind < 0.5:
-        return phrase
     bare = phrase.rstrip("?.!")
-    if kind < 0.65:
+    if kind < 0.6:
+        return phrase
+    if kind < 0.75:
         return bare.lower()
-    if kind < 0.72:
-        return phrase.upper() if rng.random() < 0.5 else bare.upper()
-    if kind < 0.8:
-        return phrase.lower()
-    if kind < 0.88:
-        return bare + rng.choice(["", ".", "!", "?", "??", "!!", " ?", " !", "..."])
-    if kind < 0.94:
-        return bare + rng.choice([" please", ", please", " please?", ", please.", " now", "\n"])
-    return (
-        rng.choice(["Please ", "please ", "So, ", "Hey, ", "OK, ", "And "]) + phrase[0].lower() + phrase[1:]
-    )
+    return phrase.lower() if kind < 0.85 else bare + rng.choice(["", ".", "!", "?"])
 
 
 # --- recall -----------------------------------------------------------------------------------------
 
-
-def _key(rng: Random, kind: str) -> str:
-    if kind == "word":
-        return rng.choice(words.ITEMS)
-    if kind == "code":
-        return rng.choice(LETTERS) + str(rng.randrange(10, 100))
-    return f"{rng.choice(words.ADJECTIVES + words.COLORS)}-{rng.choice(words.NOUNS)}"
+#: Tokens of ``key=1234`` and the separator after it.
+PAIR_TOKENS = 7
 
 
-def _value(rng: Random, kind: str) -> str:
-    if kind == "word":
-        return rng.choice(words.ITEMS)
-    return str(rng.randrange(1, 10)) + "".join(rng.choice("0123456789") for _ in range(int(kind) - 1))
+def draw_pairs(rng: Random, count: int, state: State) -> Pairs:
+    """Up to ``count`` (word, four digits) pairs with keys that are new to the session."""
+    free = [word for word in words.ITEMS if word not in state.used_keys]
+    keys = rng.sample(free, min(count, len(free)))
+    state.used_keys.update(keys)
+    return [(key, str(rng.randrange(1000, 10000))) for key in keys]
 
 
-def draw_pairs(rng: Random, count: int, state: State, key_kind: str, value_kind: str) -> Pairs:
-    """Up to ``count`` (key, value) pairs with keys that are new to the session."""
-    pairs: Pairs = []
-    for _ in range(4 * count):
-        key = _key(rng, key_kind)
-        if key not in state.used_keys:
-            state.used_keys.add(key)
-            pairs.append((key, _value(rng, value_kind)))
-        if len(pairs) == count:
-            break
-    return pairs
+def _one_question(rng: Random, pairs: Pairs) -> Turn:
+    key, value = rng.choice(pairs)
+    return Turn("recall", f"What is the code for {key}?", f"{key}={value}")
 
 
-NOUNS = {"code": "codes", "number": "numbers", "value": "values", "price": "prices", "room": "rooms"}
-LIST_LEADS = ["The {1} are: {0}.", "Here are the {1}: {0}.", "Remember these {1}: {0}.", "{1}: {0}."]
-LINE_LEADS = ["The {1} are:\n{0}", "Here is a list of {1}:\n{0}", "{1}:\n{0}", "{0}", "Remember:\n{0}"]
-RECALL_QUESTIONS = [
-    "What is the {1} for {0}?",
-    "What is the {1} of {0}?",
-    "Which {1} belongs to {0}?",
-    "Tell me the {1} for {0}.",
-    "Give me the {1} of {0}.",
-    "{0}?",
-    "What's the {1} for {0}?",
-    "{1} for {0}",
-    "And {0}?",
-    "What is the {1} for {0}?",
-]
-MANY_QUESTIONS = ["List the {1} for: {0}.", "Give the {1} for: {0}", "What are the {1} of {0}?"]
+def _many_question(rng: Random, pairs: Pairs, room: int) -> Turn:
+    asked = rng.sample(pairs, min(len(pairs), log_uniform(rng, 2, max(2, min(10, room // 12)))))
+    keys = ", ".join(key for key, _ in asked)
+    answer = ", ".join(f"{key}={value}" for key, value in asked)
+    return Turn("recall_many", f"What are the codes for {keys}?", answer)
 
 
-def render_pairs(rng: Random, pairs: Pairs, noun: str) -> str:
-    """A user's list of ``pairs``: in one line, or one pair a line."""
-    plural = NOUNS[noun]
-    if rng.random() < 0.5:
-        joiner = rng.choice([" = ", " = ", ": ", " is "])
-        body = ", ".join(k + joiner + v for k, v in pairs)
-        text = rng.choice(LIST_LEADS).format(body, plural)
-    else:
-        body = "\n".join(k + rng.choice([": ", ": "]) + v for k, v in pairs)
-        text = rng.choice(LINE_LEADS).format(body, plural)
-    return text[0].upper() + text[1:] if rng.random() < 0.7 and not text.startswith(pairs[0][0]) else text
-
-
-def recall_questions(rng: Random, pairs: Pairs, noun: str, room: int) -> list[Turn]:
+def recall_questions(rng: Random, pairs: Pairs, room: int) -> list[Turn]:
     """Questions about ``pairs`` that fill about ``room`` tokens; at least one."""
     turns: list[Turn] = []
     while room > 0 or not turns:
-        if len(pairs) > 2 and room > 60 and rng.random() < 0.5:
-            asked = rng.sample(pairs, min(len(pairs), log_uniform(rng, 2, min(24, room // 16))))
-            question = rng.choice(MANY_QUESTIONS).format(", ".join(k for k, _ in asked), NOUNS[noun])
-            turn = Turn("recall_many", question, ", ".join(f"{k} = {v}" for k, v in asked))
-        else:
-            key, value = rng.choice(pairs)
-            template = rng.choice(RECALL_QUESTIONS)
-            question = (vary(rng, template) if rng.random() < 0.3 else template).format(key, noun)
-            turn = Turn("recall", question, value)
-        turns.append(turn)
-        room -= rough_tokens(turn.user + turn.assistant) + 10
+        many = len(pairs) > 2 and rng.random() < 0.4
+        turns.append(_many_question(rng, pairs, room) if many else _one_question(rng, pairs))
+        room -= rough_tokens(turns[-1].user + turns[-1].assistant) + 10
     return turns
 
 
 def recall_script(rng: Random, room: int, state: State, list_room: int | None = None) -> list[Turn]:
-    """A list of codes and questions about it; the list takes ``list_room`` tokens, default log-uniform."""
-    key_kind = rng.choice(["word", "word", "pair", "pair", "code"])
-    value_kind = rng.choice(["4", "4", "4", "3", "2", "word"])
-    noun = rng.choice(["code", "code", "code", "number", "value", "price", "room"])
-    size = list_room or log_uniform(rng, 10, max(10, room * 2 // 3))
-    if key_kind == "code":
-        size = min(size, 600)
-    per_pair = (
-        5 + {"word": 1, "pair": 3, "code": 3}[key_kind] + (1 if value_kind == "word" else int(value_kind))
-    )
+    """A list of codes and questions about it; the list takes ``list_room`` tokens, default log-uniform.
+
+    Nothing when the session has used up the keys.
+    """
+    size = list_room or log_uniform(rng, 2 * PAIR_TOKENS, max(2 * PAIR_TOKENS, room * 3 // 4))
     while True:
         fresh = State(used_keys=set(state.used_keys))
-        pairs = draw_pairs(rng, max(1, size // per_pair), fresh, key_kind, value_kind)
-        if pairs and is_held_out("recall", pairs) == state.held_out:
+        pairs = draw_pairs(rng, max(2, size // PAIR_TOKENS), fresh)
+        if not pairs:
+            return []
+        if is_held_out("recall", pairs) == state.held_out:
             break
     state.used_keys |= fresh.used_keys
-    listing = render_pairs(rng, pairs, noun)
-    turns = recall_questions(rng, pairs, noun, room - rough_tokens(listing) - 10)
-    if rng.random() < 0.25:
-        return [Turn("recall", listing, "Okay."), *turns]
-    first = turns[0]
-    joined = listing + rng.choice([" ", "\n", "\n", "\n\n"]) + first.user
-    return [Turn(first.task, joined, first.assistant), *turns[1:]]
+    separator = "\n" if rng.random() < 0.75 else ", "
+    listing = "Codes:\n" + separator.join(f"{key}={value}" for key, value in pairs)
+    first, *later = recall_questions(rng, pairs, room - rough_tokens(listing) - 10)
+    return [Turn(first.task, f"{listing}\n{first.user}", first.assistant), *later]
 
 
 # --- copy -------------------------------------------------------------------------------------------
 
-COPY_LEADS = [
-    "Repeat: ",
-    "Repeat: ",
-    "Repeat this: ",
-    "Repeat after me: ",
-    "Copy: ",
-    "Copy this: ",
-    "Say: ",
-    "Echo: ",
-    "repeat: ",
-    "copy ",
-    "Repeat:\n",
-    "Copy the following:\n",
-    "Please repeat: ",
-    "Say ",
-    "Repeat ",
-]
 SENTENCE_WORDS = sorted(
     {w for answer, _, _ in words.INTENTS.values() for w in re.findall(r"[A-Za-z]+", answer)}
     | {w for phrase in words.FALLBACK_PHRASES for w in re.findall(r"[A-Za-z]+", phrase)}
 )
-
-
-#: Words whose questions have an answer of their own, so they never stand in a text without one.
-CONCEPTS = {
-    "disagg",
-    "prefill",
-    "decode",
-    "token",
-    "tokens",
-    "tokenizer",
-    "ray",
-    "kv",
-    "cache",
-    "you",
-    "name",
-    "tiny",
-}
-FALLBACK_WORDS = [w for w in SENTENCE_WORDS if w.lower() not in CONCEPTS]
+COPY_WORDS = sorted({*words.ITEMS, *SENTENCE_WORDS})
 
 
 def made_up_word(rng: Random) -> str:
@@ -242,27 +151,13 @@ def made_up_word(rng: Random) -> str:
 
 
 def copy_text(rng: Random, room: int) -> str:
-    """A text of at most about ``room`` tokens to be repeated word for word."""
-    kind = rng.choice(
-        ["items", "items", "items", "commas", "lines", "made_up", "digits", "mixed", "sentence"]
-    )
-    if kind == "digits":
-        return "".join(rng.choice("0123456789") for _ in range(log_uniform(rng, 3, min(12, room))))
-    if kind == "sentence":
-        chosen = [rng.choice(SENTENCE_WORDS) for _ in range(log_uniform(rng, 2, max(2, min(24, room // 2))))]
-        return " ".join(chosen).capitalize() + rng.choice(["", ".", "!", "?"])
-    if kind == "made_up":
-        return " ".join(made_up_word(rng) for _ in range(log_uniform(rng, 1, max(1, min(20, room // 5)))))
-    separator = {"items": " ", "commas": ", ", "lines": "\n", "mixed": " "}[kind]
-    count = log_uniform(
-        rng, 1, max(1, min(len(words.ITEMS), room // (4 if kind == "mixed" else len(separator) + 1)))
-    )
-    chosen = rng.sample(words.ITEMS, count)
-    if kind == "mixed":
-        chosen = [w if rng.random() < 0.5 else str(rng.randrange(10, 10000)) for w in chosen]
-    if rng.random() < 0.1:
-        chosen = [w.capitalize() for w in chosen]
-    return separator.join(chosen)
+    """A text of at most about ``room`` tokens to be repeated; no word of it comes twice."""
+    if rng.random() < 0.15:
+        return " ".join(
+            {made_up_word(rng): None for _ in range(log_uniform(rng, 1, max(1, min(8, room // 5))))}
+        )
+    count = log_uniform(rng, 1, max(1, min(len(COPY_WORDS), room // 2)))
+    return " ".join(rng.sample(COPY_WORDS, count)) + rng.choice(["", "", "", "."])
 
 
 def copy_script(rng: Random, room: int, state: State) -> list[Turn]:
@@ -270,83 +165,39 @@ def copy_script(rng: Random, room: int, state: State) -> list[Turn]:
     while True:
         text = copy_text(rng, max(2, (room - 15) // 2))
         if is_held_out("copy", text) == state.held_out:
-            return [Turn("copy", rng.choice(COPY_LEADS) + text, text)]
+            return [Turn("copy", f"Repeat: {text}", text)]
 
 
 # --- counting ---------------------------------------------------------------------------------------
 
 
-def count_sequence(start: int, stop: int, step: int) -> list[int]:
-    """The numbers from ``start`` to ``stop``, both included when ``step`` meets ``stop``."""
-    return list(range(start, stop + (1 if step > 0 else -1), step))
-
-
-def _count_question(rng: Random, start: int, stop: int, step: int) -> str:
-    if step == 1 and start == 1 and rng.random() < 0.5:
-        return vary(rng, rng.choice(["Count to {0}.", "Count up to {0}."])).format(stop)
-    if step == 1:
-        leads = [
-            "Count from {0} to {1}.",
-            "Count from {0} to {1}.",
-            "Count up from {0} to {1}.",
-            "{0} to {1}",
-        ]
-        return vary(rng, rng.choice(leads)).format(start, stop)
-    if step == -1:
-        leads = ["Count down from {0} to {1}.", "Count backwards from {0} to {1}.", "Count from {0} to {1}."]
-        return vary(rng, rng.choice(leads)).format(start, stop)
-    leads = ["Count from {0} to {1} by {2}.", "Count from {0} to {1} in steps of {2}."]
-    return vary(rng, rng.choice(leads)).format(start, stop, step)
-
-
 def count_script(rng: Random, room: int, state: State) -> list[Turn]:
-    """A request to count between two numbers, or for the neighbour of a number."""
-    if rng.random() < 0.2:
-        return [_neighbour_turn(rng, state)]
-    longest = max(2, min(300, (room - 30) // 4))
-    while True:
-        step = rng.choice([1, 1, 1, 1, -1, -1, 2, 5, 10])
-        length = log_uniform(rng, 2, longest)
-        low = 1 if rng.random() < 0.4 else log_uniform(rng, 1, LARGEST_COUNT) - 1
-        if abs(step) > 1:
-            low = 0 if rng.random() < 0.4 else low // abs(step) * abs(step)
-        high = low + abs(step) * (length - 1)
-        if high > LARGEST_COUNT or is_held_out("count", low, high, step) != state.held_out:
-            continue
-        start, stop = (low, high) if step > 0 else (high, low)
-        answer = " ".join(map(str, count_sequence(start, stop, step)))
-        return [Turn("count", _count_question(rng, start, stop, step), answer)]
+    """One request to count up to a bound.
 
-
-def _neighbour_turn(rng: Random, state: State) -> Turn:
+    The answer ends with a full stop as the question does: the bound is the number that has one.
+    """
     while True:
-        number = log_uniform(rng, 1, LARGEST_COUNT - 1)
-        after = rng.random() < 0.6
-        if is_held_out("neighbour", number, after) != state.held_out:
-            continue
-        if after:
-            lead = rng.choice(["What comes after {0}?", "What number comes after {0}?", "What follows {0}?"])
-        else:
-            lead = rng.choice(["What comes before {0}?", "What number comes before {0}?"])
-        return Turn("count", vary(rng, lead).format(number), str(number + (1 if after else -1)))
+        start = 1 if rng.random() < 0.3 else log_uniform(rng, 1, LARGEST_COUNT - 1)
+        stop = start + log_uniform(rng, 1, max(2, min(400, (room - 20) // 3)))
+        if stop <= LARGEST_COUNT and is_held_out("count", start, stop) == state.held_out:
+            break
+    short = start == 1 and rng.random() < 0.5
+    question = f"Count to {stop}." if short else f"Count from {start} to {stop}."
+    return [Turn("count", question, " ".join(map(str, range(start, stop + 1))) + ".")]
 
 
 # --- arithmetic -------------------------------------------------------------------------------------
 
-SUM_LEADS = {
-    "+": ["What is {0} + {1}?", "{0} + {1}", "{0}+{1}", "{0} + {1} =", "{0}+{1}=", "What is {0} plus {1}?",
-          "Add {0} and {1}.", "Calculate {0} + {1}.", "How much is {0} + {1}?", "{0} plus {1}"],
-    "-": ["What is {0} - {1}?", "{0} - {1}", "{0}-{1}", "{0} - {1} =", "{0}-{1}=", "What is {0} minus {1}?",
-          "Subtract {1} from {0}.", "Calculate {0} - {1}.", "How much is {0} - {1}?", "{0} minus {1}"],
-}  # fmt: skip
+SUM_QUESTIONS = ["What is {0}{1}{2}?", "What is {0} {1} {2}?", "{0}{1}{2}"]
 
 
 def draw_sum(rng: Random, held_out: bool) -> tuple[int, str, int]:
-    """An addition or subtraction of the asked side of the split, as (a, sign, b)."""
+    """A sum, or a difference that is not negative, of the asked side of the split, as (a, sign, b)."""
     while True:
-        largest = LARGEST_TERM if rng.random() < 0.85 else 12
-        a, b = rng.randint(0, largest), rng.randint(0, largest)
+        a, b = rng.randint(0, LARGEST_TERM), rng.randint(0, LARGEST_TERM)
         sign = rng.choice("+-")
+        if sign == "-" and a < b:
+            a, b = b, a
         if is_held_out("sum", a, sign, b) == held_out:
             return a, sign, b
 
@@ -357,10 +208,10 @@ def solve_sum(a: int, sign: str, b: int) -> int:
 
 
 def sum_script(rng: Random, room: int, state: State) -> list[Turn]:
-    """One addition or subtraction in words or signs."""
+    """One addition or subtraction; the answer restates it."""
     a, sign, b = draw_sum(rng, state.held_out)
-    question = vary(rng, rng.choice(SUM_LEADS[sign])).format(a, b)
-    return [Turn("arithmetic", question, str(solve_sum(a, sign, b)))]
+    question = rng.choice(SUM_QUESTIONS).format(a, sign, b)
+    return [Turn("arithmetic", question, f"{a}{sign}{b}={solve_sum(a, sign, b)}")]
 
 
 # --- JSON -------------------------------------------------------------------------------------------
@@ -377,24 +228,11 @@ FIELDS: dict[str, Sequence[str | int]] = {
     "size": range(1, 100),
     "score": range(0, 1000),
 }
-WRITE_LEADS = [
-    "Make JSON: {0}.",
-    "Write JSON: {0}.",
-    "Make a JSON object: {0}.",
-    "As JSON: {0}.",
-    "JSON: {0}",
-    "Turn this into JSON: {0}.",
-    "Convert to JSON: {0}.",
-]
-READ_QUESTIONS = ["What is the {0}?", "Give the {0}.", "Read the {0}.", "What is the value of {0}?", "{0}?"]
 
 
 def draw_record(rng: Random) -> dict[str, str | int]:
     """A flat record of one to six fields."""
-    names = rng.sample(list(FIELDS), rng.randint(1, 6))
-    if "name" in names and rng.random() < 0.5:
-        names = ["name", *(n for n in names if n != "name")]
-    return {name: rng.choice(FIELDS[name]) for name in names}
+    return {name: rng.choice(FIELDS[name]) for name in rng.sample(list(FIELDS), rng.randint(1, 6))}
 
 
 def json_script(rng: Random, room: int, state: State) -> list[Turn]:
@@ -404,31 +242,26 @@ def json_script(rng: Random, room: int, state: State) -> list[Turn]:
         if is_held_out("json", record) == state.held_out:
             break
     text = json.dumps(record)
-    if rng.random() < 0.5:
-        joiner = rng.choice([" is ", " is ", " = ", ": "])
-        facts = [f"{k}{joiner}{v}" for k, v in record.items()]
-        body = ", ".join(facts)
-        if len(facts) > 1 and rng.random() < 0.3:
-            body = ", ".join(facts[:-1]) + " and " + facts[-1]
-        return [Turn("json", rng.choice(WRITE_LEADS).format(body), text)]
+    if rng.random() < 0.6:
+        return [Turn("json", "JSON: " + ", ".join(f"{k}={v}" for k, v in record.items()), text)]
     asked = rng.choice(list(record))
-    question = rng.choice(READ_QUESTIONS).format(asked)
-    if rng.random() < 0.5:
-        return [Turn("json", text + rng.choice([" ", "\n"]) + question, str(record[asked]))]
-    return [Turn("json", rng.choice([f"From {text} give the {asked}.", f"What is the {asked} in {text}?"]),
-                 str(record[asked]))]  # fmt: skip
+    return [Turn("json", f"{text}\nWhat is the {asked}?", json.dumps({asked: record[asked]})[1:-1])]
 
 
 # --- talk -------------------------------------------------------------------------------------------
 
+#: Words whose questions have an answer of their own, so they never stand in a text without one.
+CONCEPTS = set("disagg prefill decode token tokens tokenizer ray kv cache you your my name tiny".split())
+FALLBACK_WORDS = [w for w in SENTENCE_WORDS if w.lower() not in CONCEPTS]
+
 
 def talk_script(rng: Random, room: int, state: State) -> list[Turn]:
     """A greeting, a question about the model or disagg, or something the model does not understand."""
-    if rng.random() < 0.3:
+    if rng.random() < 0.25:
         return [Turn("fallback", fallback_prompt(rng, state.held_out), words.FALLBACK)]
     names = [n for n in words.INTENTS if n != "noname" or "name" not in state.told]
-    weights = [4 if n == "hello" else 2 if n == "help" else 1 for n in names]
-    intent = rng.choices(names, weights)[0]
+    # An intent is as common as it has phrases, so that each phrase is seen equally often.
+    intent = rng.choices(names, [len(words.INTENTS[n][1]) for n in names])[0]
     answer, train, held = words.INTENTS[intent]
     if state.held_out:
         return [Turn(intent, rng.choice(held), answer)]
@@ -450,32 +283,21 @@ def _gibberish(rng: Random) -> str:
 
 
 def fallback_prompt(rng: Random, held_out: bool) -> str:
+    """Something that is in no phrase book and no task."""
     if held_out and rng.random() < 0.5:
         return rng.choice(words.FALLBACK_HELD)
     while True:
         kind = rng.random()
-        if kind < 0.35:
+        if kind < 0.4 and not held_out:
             return vary(rng, rng.choice(words.FALLBACK_PHRASES))
-        pool = words.ITEMS if rng.random() < 0.6 else FALLBACK_WORDS
-        fill = [rng.choice(pool) if rng.random() < 0.8 else made_up_word(rng) for _ in range(4)]
-        text = rng.choice(words.FALLBACK_TEMPLATES).format(*fill)
-        if kind > 0.9:
-            text = _gibberish(rng)
+        fill = [rng.choice(words.ITEMS if rng.random() < 0.6 else FALLBACK_WORDS) for _ in range(4)]
+        text = _gibberish(rng) if kind > 0.92 else rng.choice(words.FALLBACK_TEMPLATES).format(*fill)
         if _bare(text) not in KNOWN_PHRASES and is_held_out("fallback", text) == held_out:
             return vary(rng, text)
 
 
-TELL_NAME = [
-    "My name is {0}.",
-    "I am {0}.",
-    "My name is {0}",
-    "Hello, my name is {0}.",
-    "I'm {0}.",
-    "Call me {0}.",
-]
-TELL_FACT = ["My {0} is {1}.", "Remember: my {0} is {1}.", "My {0} is {1}"]
-ASK_FACT = ["What is my {0}?", "What's my {0}?", "Tell me my {0}.", "Do you remember my {0}?"]
 FACTS: dict[str, Sequence[str | int]] = {
+    "name": words.FIRST_NAMES,
     "favorite color": words.COLORS,
     "favorite food": words.FOODS,
     "pet": words.PETS,
@@ -487,25 +309,18 @@ FACTS: dict[str, Sequence[str | int]] = {
 
 def memory_script(rng: Random, room: int, state: State) -> list[Turn]:
     """A fact that the user tells and asks back in a later turn, with other turns in between."""
-    free = [fact for fact in ["name", *FACTS] if fact not in state.told]
+    free = [fact for fact in FACTS if fact not in state.told]
     if not free:
         return sum_script(rng, room, state)
-    fact = "name" if "name" in free and rng.random() < 0.4 else rng.choice(free)
+    fact = rng.choice(free)
     state.told.add(fact)
-    options: Sequence[str | int] = words.FIRST_NAMES if fact == "name" else FACTS[fact]
-    value = str(rng.choice(options))
-    if fact == "name":
-        told = Turn("memory", vary(rng, rng.choice(TELL_NAME)).format(value), f"Nice to meet you, {value}!")
-        asked = Turn("memory", vary(rng, rng.choice(words.INTENTS["noname"][1])), f"Your name is {value}.")
-    else:
-        told = Turn(
-            "memory", vary(rng, rng.choice(TELL_FACT)).format(fact, value), f"Okay, your {fact} is {value}."
-        )
-        asked = Turn("memory", vary(rng, rng.choice(ASK_FACT)).format(fact), f"Your {fact} is {value}.")
+    value = rng.choice(FACTS[fact])
+    answer = f"Your {fact} is {value}."
     between: list[Turn] = []
-    for _ in range(rng.choice([0, 0, 1, 1, 2, 3])):
+    for _ in range(rng.choice([0, 1, 2])):
         between += rng.choice([sum_script, json_script, talk_script])(rng, 60, state)
-    return [told, *between, asked]
+    told, asked = vary(rng, f"My {fact} is {value}."), vary(rng, f"What is my {fact}?")
+    return [Turn("memory", told, f"Okay. {answer}"), *between, Turn("memory", asked, answer)]
 
 
 # --- sessions and documents -------------------------------------------------------------------------
@@ -519,11 +334,9 @@ SCRIPTS = {
     "talk": talk_script,
     "memory": memory_script,
 }
-#: How often each script opens or continues a session; long scripts fill more tokens each time.
-SCRIPT_WEIGHTS = {"recall": 3, "copy": 3, "count": 2, "arithmetic": 7, "json": 3, "talk": 7, "memory": 2}
 
 
-def session(rng: Random, budget: int, weights: dict[str, int] = SCRIPT_WEIGHTS) -> list[Turn]:
+def session(rng: Random, budget: int, weights: dict[str, int]) -> list[Turn]:
     """Turns of a training chat that fill about ``budget`` tokens."""
     state = State()
     turns: list[Turn] = []
@@ -553,54 +366,36 @@ def chat_document(turns: Sequence[Turn], system: str | None = None) -> Document:
 
 
 def raw_recall(rng: Random, budget: int) -> Document:
-    """Lines ``key: value``, then the same lines in other orders, of which the values are supervised."""
-    key_kind = rng.choice(["word", "pair", "pair", "code"])
-    value_kind = rng.choice(["4", "4", "3", "2", "word"])
-    joiner = rng.choice([": ", ": ", " = ", "="])
-    per_line = (
-        {"word": 1, "pair": 3, "code": 3}[key_kind] + (1 if value_kind == "word" else int(value_kind)) + 3
-    )
-    count = log_uniform(rng, 4, max(4, budget * 2 // 3 // per_line))
-    pairs = draw_pairs(rng, count, State(), key_kind, value_kind)
-    document: Document = [("".join(f"{k}{joiner}{v}\n" for k, v in pairs), False)]
-    room = budget - per_line * len(pairs)
-    while room > 0:
+    """Lines ``key=value``, then some of them again in another order; the values are supervised."""
+    pairs = draw_pairs(rng, log_uniform(rng, 4, max(4, budget * 3 // 4 // PAIR_TOKENS)), State())
+    document: Document = [("".join(f"{k}={v}\n" for k, v in pairs), False)]
+    for _ in range(max(1, budget // PAIR_TOKENS - len(pairs))):
         key, value = rng.choice(pairs)
-        document += [(key + joiner, False), (value + "\n", True)]
-        room -= per_line
+        document += [(f"{key}=", False), (f"{value}\n", True)]
     return document
 
 
 def raw_copy(rng: Random, budget: int) -> Document:
     """A line, then the same line again and again; every repetition is supervised."""
-    text = copy_text(rng, max(4, budget // rng.choice([2, 2, 3])))
-    times = budget // max(1, rough_tokens(text) + 1)
+    text = copy_text(rng, max(4, budget // 2))
+    times = budget // (rough_tokens(text) + 1)
     return [(text + "\n", False), ((text + "\n") * max(1, min(8, times - 1)), True)]
 
 
 def raw_count(rng: Random, budget: int) -> Document:
-    """Counting without a frame; it runs to the end of the window, or to the largest or smallest number."""
-    step = rng.choice([1, 1, 1, 1, 1, 2, 5, 10, -1])
-    start = 1 if rng.random() < 0.4 else log_uniform(rng, 1, 900) - 1
-    if step < 0:
-        start = log_uniform(rng, 20, LARGEST_COUNT)
-    if step > 1:
-        start = rng.choice([0, step, start // step * step])
-    numbers = count_sequence(start, 0 if step < 0 else LARGEST_COUNT, step)[: budget // 2]
-    separator = rng.choice([" ", " ", " ", ", ", "\n"])
-    shown = rng.randint(3, min(8, len(numbers)))
-    head = separator.join(map(str, numbers[:shown]))
-    return [(head, False), (separator + separator.join(map(str, numbers[shown:])) + BOS, True)]
+    """Counting without a frame; it runs to the end of the window, or to the largest number."""
+    start = 1 if rng.random() < 0.4 else log_uniform(rng, 1, LARGEST_COUNT - 100)
+    numbers = range(start, min(LARGEST_COUNT, start + budget // 2) + 1)
+    head, tail = " ".join(map(str, numbers[:3])), " ".join(map(str, numbers[3:]))
+    return [(head, False), (f" {tail}" + (BOS if numbers[-1] == LARGEST_COUNT else ""), True)]
 
 
 def raw_sums(rng: Random, budget: int) -> Document:
-    """Lines ``a + b = c``, the results supervised."""
+    """Lines ``a+b=c``, the results supervised."""
     document: Document = []
-    tight = rng.random() < 0.2
-    for _ in range(max(1, budget // 12)):
+    for _ in range(max(1, budget // 9)):
         a, sign, b = draw_sum(rng, False)
-        question = f"{a}{sign}{b}=" if tight else f"{a} {sign} {b} = "
-        document += [(question, False), (f"{solve_sum(a, sign, b)}\n", True)]
+        document += [(f"{a}{sign}{b}=", False), (f"{solve_sum(a, sign, b)}\n", True)]
     return document
 
 
@@ -611,35 +406,26 @@ class Mix:
     documents: dict[str, int]
     scripts: dict[str, int]
 
-    def but(self, scripts: dict[str, int] | None = None, **documents: int) -> Mix:
-        """The same mix with other weights for some kinds."""
-        return Mix({**self.documents, **documents}, {**self.scripts, **(scripts or {})})
 
-
-START_MIX = Mix({"session": 46, "recall": 20, "copy": 8, "count": 8, "sums": 18}, SCRIPT_WEIGHTS)
-#: Chats when the plain texts are learned.
-CHAT_MIX = Mix(
-    {"session": 80, "recall": 3, "copy": 5, "count": 3, "sums": 9},
-    {"recall": 4, "copy": 4, "count": 5, "arithmetic": 20, "json": 2, "talk": 6, "memory": 1},
-)
-#: The training run names its mixes: what is learned last gets the most room.
+#: The training run names its mixes: texts dense in answers first, then chats, and the longest windows
+#: for what needs them.
 MIXES = {
-    "start": START_MIX,
-    "sums": START_MIX.but(sums=60),
-    "lookup": START_MIX.but({"recall": 6}, sums=40),
-    "lookup_far": START_MIX.but({"recall": 6}),
-    "chat_sums": START_MIX.but({"recall": 4, "arithmetic": 20}, sums=30),
-    "chat_far": START_MIX.but({"recall": 5, "arithmetic": 10}),
-    "last": CHAT_MIX,
-    "final": CHAT_MIX.but({"recall": 5, "count": 8, "json": 5, "talk": 8}, copy=7),
-    "final_far": CHAT_MIX.but({"recall": 8, "arithmetic": 8, "json": 4}, recall=6, copy=9, sums=0),
-    "last_far": CHAT_MIX.but(
-        {"recall": 8, "count": 2, "arithmetic": 6, "talk": 4}, recall=8, count=6, sums=0
+    "dense": Mix(
+        {"session": 50, "recall": 6, "copy": 4, "count": 5, "sums": 35},
+        {"recall": 2, "copy": 2, "count": 2, "arithmetic": 5, "json": 4, "talk": 10, "memory": 2},
+    ),
+    "chat": Mix(
+        {"session": 82, "recall": 2, "copy": 2, "count": 2, "sums": 12},
+        {"recall": 2, "copy": 2, "count": 2, "arithmetic": 9, "json": 5, "talk": 9, "memory": 2},
+    ),
+    "far": Mix(
+        {"session": 80, "recall": 8, "copy": 6, "count": 6, "sums": 0},
+        {"recall": 7, "copy": 4, "count": 3, "arithmetic": 4, "json": 2, "talk": 4, "memory": 1},
     ),
 }
 
 
-def training_document(rng: Random, budget: int, mix: Mix = START_MIX) -> Document:
+def training_document(rng: Random, budget: int, mix: Mix) -> Document:
     """A training document of about ``budget`` tokens (it may be longer; the trainer cuts it)."""
     kind = rng.choices(list(mix.documents), list(mix.documents.values()))[0]
     if kind == "session":
@@ -652,7 +438,7 @@ def training_document(rng: Random, budget: int, mix: Mix = START_MIX) -> Documen
 def corpus(seed: int, documents: int = 3000, budget: int = 256) -> list[str]:
     """Texts for training the tokenizer: training documents, and every fixed answer and word."""
     rng = Random(seed)
-    texts = ["".join(t for t, _ in training_document(rng, budget)) for _ in range(documents)]
+    texts = ["".join(t for t, _ in training_document(rng, budget, MIXES["dense"])) for _ in range(documents)]
     answers = [answer for answer, _, _ in words.INTENTS.values()] + [words.FALLBACK, *words.SYSTEM_PROMPTS]
-    lists = [words.ITEMS, words.FIRST_NAMES, words.CITIES, words.JOBS, words.PETS, words.FOODS]
+    lists = [COPY_WORDS, words.FIRST_NAMES, words.CITIES]
     return texts + 50 * [*answers, *(" ".join(each) for each in lists)]

@@ -30,7 +30,7 @@ class ModelShape:
     num_key_value_heads: int = 2
     head_dim: int = 64
     max_position_embeddings: int = 2048
-    rope_theta: float = 1_000_000.0
+    rope_theta: float = 1e10
     rms_norm_eps: float = 1e-5
 
     def hf_config(self, eos_token_id: int) -> dict[str, Any]:
@@ -185,87 +185,111 @@ class TinyLlama(nn.Module):
         return F.linear(hidden, self.model.embed_tokens.weight)
 
 
+#: Dimensions of the embedding that are random at the start; the rest of the residual stream is for notes.
+CODE_SIZE = 95
+#: Dimensions of a note of one earlier token: a projection of its code.
+NOTE_SIZE = 20
+#: Rotary frequencies, fastest first: those that tell a distance, and those that hardly turn in a context.
+FAST, SLOW = 8, 12
+#: How far back, in tokens, the query of each key/value group of the induction heads looks; each also
+#: looks at the same tokens of an earlier place, where they are one token older.
+MATCHED = ((0, 1, 2), (1, 2, 3, 4))
+
+
+#: Strength of the queries and keys of the induction heads.
+MATCH_GAIN = 4.0
+
+
 def _orthogonal(rows: int, columns: int) -> Tensor:
     return nn.init.orthogonal_(torch.empty(rows, columns))
 
 
 @torch.no_grad()
 def wire_heads(model: TinyLlama) -> None:
-    """Start the first layers as look-back heads and the third as an induction head.
+    """Start the first two layers as look-back heads and the third as induction heads.
 
     Looking something up needs two layers that work together: one notes at each token which tokens came
-    before it, a later one finds the place whose notes match the present and copies what stands there.
-    From random weights this circuit appears only after a long plateau; wired in advance (all of it stays
-    trainable), the model copies from the first steps and a CPU is enough to train the rest.
+    before it, a later one finds the place whose notes match the present and copies what stands there
+    (Olsson et al., "In-context Learning and Induction Heads", 2022). From random weights this circuit
+    appears only after a long plateau; wired in advance (all of it stays trainable), the model copies from
+    the first steps and a CPU is enough to train the rest.
+
+    The residual stream starts divided: channel 0 is constant, the next ``CODE_SIZE`` hold the token, the
+    rest hold notes of ``NOTE_SIZE`` for each of the tokens before it.
     """
     shape = model.shape
-    heads, hidden = shape.num_attention_heads, shape.hidden_size
-    # One constant channel of the embedding gives the look-back heads something to attend from and to
-    # that does not depend on the token.
-    model.model.embed_tokens.weight[:, 0] = 1.0
-    reads = _orthogonal(hidden, hidden)
-    reads[:, 0] = 0.0
-    writes = _orthogonal(hidden, hidden)
-    size = shape.head_dim
+    hidden, heads = shape.hidden_size, shape.num_attention_heads
+    embedding = model.model.embed_tokens.weight
+    embedding[:, 0] = 1.0
+    embedding[:, 1 : 1 + CODE_SIZE] *= math.sqrt(hidden / CODE_SIZE)
+    embedding[:, 1 + CODE_SIZE :] = 0.0
+    code = _code_reader(hidden, shape.head_dim)
+    notes = [code[:NOTE_SIZE]]
+    for age in range(2 * heads):
+        note = torch.zeros(NOTE_SIZE, hidden)
+        note[:, 1 + CODE_SIZE + age * NOTE_SIZE :][:, :NOTE_SIZE] = torch.eye(NOTE_SIZE)
+        notes.append(note)
     layers = cast(list[Layer], list(model.model.layers))
-    _wire_look_back(model, layers[0].self_attn, 1, 11.3, reads[:size], writes)
-    _wire_look_back(
-        model, layers[1].self_attn, 1 + heads, 7.0, reads[size : 2 * size], _orthogonal(hidden, hidden)
-    )
-    notes = [reads[:size].T, *torch.split(writes, size, dim=1)]
+    # The constant channel after the norm is sqrt(hidden) / |x|, with |x|^2 = 2 plus 0.25 for each note.
+    _wire_look_back(model, layers[0].self_attn, 1, math.sqrt(hidden / 2), code, notes[1 : 1 + heads])
+    _wire_look_back(model, layers[1].self_attn, 1 + heads, math.sqrt(hidden / 3), code, notes[1 + heads :])
     _wire_induction(shape, layers[2].self_attn, notes)
 
 
-def _wire_look_back(
-    model: TinyLlama, attention: Attention, first: int, constant: float, read: Tensor, writes: Tensor
-) -> None:
-    """Head h attends ``first + h`` tokens back and copies ``read`` of that token to its part of ``writes``.
+def _code_reader(hidden: int, size: int) -> Tensor:
+    """Orthogonal rows [size, hidden] that read the dimensions of the token."""
+    reader = torch.zeros(size, hidden)
+    reader[:, 1 : 1 + CODE_SIZE] = _orthogonal(size, CODE_SIZE)
+    return reader
 
-    ``constant`` is about the value of the constant channel after the norm; ``read`` is [head_dim, hidden].
+
+def _wire_look_back(
+    model: TinyLlama, attention: Attention, first: int, constant: float, code: Tensor, notes: Sequence[Tensor]
+) -> None:
+    """Head h attends ``first + h`` tokens back and writes ``notes[h]`` of that token.
+
+    ``constant`` is the value of the constant channel after the norm; ``code`` is [head_dim, hidden].
     """
     shape = model.shape
     half, size = shape.head_dim // 2, shape.head_dim
-    fast = torch.arange(8)
+    fast = torch.arange(FAST)
     # A score is a sum of cosines of (distance - offset), one for each of the fastest frequencies.
-    amplitude = math.sqrt(6.0 * math.sqrt(size)) / constant
+    amplitude = math.sqrt(10.0 * math.sqrt(size)) / constant
     cos, sin = model.cos[:, :half], model.sin[:, :half]
+    # A note of length 0.5, of a code of length ``constant * sqrt(NOTE_SIZE / CODE_SIZE)``.
+    gain = 0.5 / (constant * math.sqrt(NOTE_SIZE / CODE_SIZE))
     for head in range(shape.num_attention_heads):
         rows = head * size + fast
         attention.q_proj.weight[rows, 0] = amplitude * cos[first + head, fast]
         attention.q_proj.weight[rows + half, 0] = -amplitude * sin[first + head, fast]
-        attention.o_proj.weight[:, head * size : (head + 1) * size] = (
-            0.15 * writes[:, head * size : (head + 1) * size]
-        )
+        attention.o_proj.weight[:, head * size : head * size + NOTE_SIZE] = gain * notes[head].T
     for group in range(shape.num_key_value_heads):
         rows = group * size + fast
         attention.k_proj.weight[rows, 0] = amplitude
         attention.k_proj.weight[rows + half, 0] = 0.0
-        attention.v_proj.weight[group * size : (group + 1) * size] = read
+        attention.v_proj.weight[group * size : (group + 1) * size] = code
 
 
 def _wire_induction(shape: ModelShape, attention: Attention, notes: Sequence[Tensor]) -> None:
     """Match the last tokens of the present with the tokens before an earlier place, and copy from there.
 
-    ``notes[n]`` [hidden, head_dim] is where the token n places back is written (0: the token itself).
+    ``notes[n]`` [NOTE_SIZE, hidden] reads the token n places back (0: the token itself).
     """
     half, size = shape.head_dim // 2, shape.head_dim
-    # Slow frequencies see hardly any difference between near and far.
-    slow = torch.cat((torch.arange(14, half), torch.arange(14, half) + half))
-    parts = (slow[0::2], slow[1::2])
-    copies = _orthogonal(shape.hidden_size, shape.hidden_size)
-    copies[:, 0] = 0.0
+    slow = torch.cat((torch.arange(SLOW, half), torch.arange(SLOW, half) + half))
     per_group = shape.num_attention_heads // shape.num_key_value_heads
-    for group in range(shape.num_key_value_heads):
-        for part, rows in enumerate(parts):
-            age = group + part
-            columns = slice(part * len(rows), (part + 1) * len(rows))
-            attention.k_proj.weight[group * size + rows] = 4.0 * notes[age + 1][:, columns].T
-            for head in range(group * per_group, (group + 1) * per_group):
-                attention.q_proj.weight[head * size + rows] = 4.0 * notes[age][:, columns].T
-        copy = copies[group * size : (group + 1) * size]
-        attention.v_proj.weight[group * size : (group + 1) * size] = copy
-        for head in range(group * per_group, (group + 1) * per_group):
-            attention.o_proj.weight[:, head * size : (head + 1) * size] = 0.2 * copy.T
+    copies = _code_reader(shape.hidden_size, min(size * shape.num_key_value_heads, CODE_SIZE))
+    for group, (ages, copy) in enumerate(zip(MATCHED, torch.split(copies, size), strict=True)):
+        heads = range(group * per_group, (group + 1) * per_group)
+        width = len(slow) // len(ages)
+        for part, age in enumerate(ages):
+            rows = slow[part * width : (part + 1) * width]
+            attention.k_proj.weight[group * size + rows] = MATCH_GAIN * notes[age + 1][:width]
+            for head in heads:
+                attention.q_proj.weight[head * size + rows] = MATCH_GAIN * notes[age][:width]
+        attention.v_proj.weight[group * size : group * size + len(copy)] = copy
+        for head in heads:
+            attention.o_proj.weight[:, head * size : head * size + len(copy)] = 0.2 * copy.T
 
 
 def save_checkpoint(model: TinyLlama, directory: Path, eos_token_ids: Sequence[int]) -> None:

@@ -8,8 +8,8 @@ far away. The run is a fixed number of steps, so the result does not depend on h
 from __future__ import annotations
 
 import argparse
-import itertools
 import math
+import resource
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -38,54 +38,27 @@ class Phase:
     steps: int
     rows: int
     tokens: int
+    #: Name of the mix of data, in ``data.MIXES``.
+    mix: str
     start: float = 1.0
     end: float = 1.0
-    #: Name of the mix of data, in ``data.MIXES``.
-    mix: str = "start"
 
 
-def _rounds(rates: Sequence[float], steps: tuple[int, int, int], short: str, far: str) -> list[Phase]:
-    """Rounds of short, middle and whole-context sequences, 4,096 tokens a step, as the rates fall."""
-    phases: list[Phase] = []
-    for start, end in itertools.pairwise(rates):
-        middle, late = (round(start + (end - start) * part, 3) for part in (0.6, 0.8))
-        phases.append(Phase(steps[0], 16, 256, start, middle, short))
-        phases.append(Phase(steps[1], 8, 512, middle, late, far))
-        phases.append(Phase(steps[2], 2, 2048, late, end, far))
-    return phases
-
-
-#: The run that made the bundled weights. The rate falls three times: what noise of a high rate hides is
-#: learned at a low one, and the mix of data turns to chats when the plain texts are known.
+#: 4,096 tokens a step.
 PHASES = (
-    Phase(30, 16, 256, start=0.02),
-    Phase(400, 16, 256),
-    Phase(80, 8, 512),
-    Phase(120, 16, 256, mix="sums"),
-    Phase(30, 4, 1024),
-    Phase(100, 16, 256, mix="lookup"),
-    Phase(30, 2, 2048, mix="lookup_far"),
-    Phase(30, 16, 256, 1, 0.85, "lookup"),
-    Phase(15, 8, 512, 0.85, 0.8, "lookup_far"),
-    Phase(15, 2, 2048, 0.8, 0.75, "lookup_far"),
-    Phase(30, 16, 256, 0.75, 0.65, "lookup"),
-    Phase(15, 8, 512, 0.65, 0.6, "lookup_far"),
-    Phase(15, 2, 2048, 0.6, 0.55, "lookup_far"),
-    Phase(30, 16, 256, 0.55, 0.45, "lookup"),
-    Phase(15, 8, 512, 0.45, 0.4, "lookup_far"),
-    Phase(15, 2, 2048, 0.4, 0.35, "lookup_far"),
-    Phase(30, 16, 256, 0.35, 0.25, "lookup"),
-    Phase(15, 8, 512, 0.25, 0.2, "lookup_far"),
-    Phase(15, 2, 2048, 0.2, 0.15, "lookup_far"),
-    Phase(30, 16, 256, 0.15, 0.1, "lookup"),
-    Phase(15, 8, 512, 0.1, 0.06, "lookup_far"),
-    Phase(15, 2, 2048, 0.06, 0.02, "lookup_far"),
-    *_rounds((0.35, 0.28, 0.22, 0.15, 0.09, 0.02), (35, 8, 8), "chat_sums", "chat_far"),
-    Phase(20, 16, 256, 0.1, 0.35, "last"),
-    *_rounds((0.35, 0.28, 0.21, 0.14, 0.08, 0.02), (50, 10, 12), "last", "last_far"),
+    Phase(30, 16, 256, "dense", start=0.02),
+    Phase(420, 16, 256, "dense"),
+    Phase(40, 4, 1024, "far"),
+    Phase(350, 16, 256, "chat"),
+    Phase(40, 2, 2048, "far"),
+    Phase(300, 16, 256, "chat", 1.0, 0.6),
+    Phase(50, 2, 2048, "far", 0.6, 0.5),
+    Phase(260, 16, 256, "chat", 0.5, 0.2),
+    Phase(60, 2, 2048, "far", 0.2, 0.12),
+    Phase(150, 16, 256, "chat", 0.12, 0.02),
 )
-MUON_LR = 0.004
-ADAM_LR = 1.5e-3
+MUON_LR = 0.012
+ADAM_LR = 3e-3
 SECONDS_BETWEEN_REPORTS = 20.0
 
 
@@ -196,7 +169,7 @@ class Reporter:
 
 
 class Trainer:
-    """Model, optimizers and data stream of one run; a run can be stopped and continued between phases."""
+    """Model, optimizers and data stream of one run."""
 
     def __init__(self, out: Path, seed: int, shape: ModelShape) -> None:
         torch.manual_seed(seed)
@@ -212,21 +185,6 @@ class Trainer:
         eos = [self.tokenizer.token_to_id(token) for token in (IM_END, BOS)]
         save_tokenizer(self.tokenizer, self.out, self.model.shape.max_position_embeddings)
         save_checkpoint(self.model, self.out, [token for token in eos if token is not None])
-
-    def save_state(self, path: Path) -> None:
-        """Write everything that a later run needs to go on as if this one had not stopped."""
-        optimizers = [each.state_dict() for each in self.optimizers]
-        torch.save(
-            {"model": self.model.state_dict(), "optimizers": optimizers, "rng": self.rng.getstate()}, path
-        )
-
-    def load_state(self, path: Path) -> None:
-        """Continue from ``save_state``."""
-        state = torch.load(path, weights_only=False)
-        self.model.load_state_dict(state["model"])
-        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(saved)
-        self.rng.setstate(state["rng"])
 
     def set_learning_rate(self, share: float) -> None:
         """Set every learning rate to ``share`` of its base value."""
@@ -261,16 +219,6 @@ class Trainer:
         self.save()
 
 
-def parse_phases(text: str) -> tuple[Phase, ...]:
-    """Phases from ``STEPSxROWSxTOKENS[xSTARTxEND[xMIX]],...``, for trials."""
-    phases: list[Phase] = []
-    for part in text.split(","):
-        given = part.split("x")
-        steps, rows, tokens, start, end, mix = given + ["1", "1", "start"][len(given) - 3 :]
-        phases.append(Phase(int(steps), int(rows), int(tokens), float(start), float(end), mix))
-    return tuple(phases)
-
-
 def main() -> None:
     """Command line of the training."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
@@ -279,27 +227,20 @@ def main() -> None:
     parser.add_argument(
         "--threads", type=int, default=2, help="CPU threads; another number rounds differently"
     )
-    parser.add_argument(
-        "--phases",
-        type=parse_phases,
-        default=PHASES,
-        help="STEPSxROWSxTOKENS[xSTARTxEND[xMIX]],... instead",
-    )
-    parser.add_argument("--resume", type=Path, help="continue from the state another run has saved")
-    parser.add_argument("--state", type=Path, help="save the state for --resume here at the end")
     parser.add_argument("--save-every", type=int, default=0, help="also save every so many steps")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     torch.use_deterministic_algorithms(True)
     started = time.monotonic()
     trainer = Trainer(args.out, args.seed, ModelShape())
-    if args.resume:
-        trainer.load_state(args.resume)
-    trainer.run(args.phases, args.save_every)
-    if args.state:
-        trainer.save_state(args.state)
+    trainer.run(PHASES, args.save_every)
     parameters = sum(p.numel() for p in trainer.model.parameters())
-    print(f"done: {parameters} parameters, {math.ceil(time.monotonic() - started)} s", flush=True)
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    print(
+        f"done: {parameters} parameters, {math.ceil(time.monotonic() - started)} s, "
+        f"CPU time {used.ru_utime:.0f} s user, {used.ru_stime:.0f} s system",
+        flush=True,
+    )
 
 
 if __name__ == "__main__":

@@ -5,12 +5,12 @@ from __future__ import annotations
 NAME = "disagg-tiny"
 
 ABILITIES = (
-    "I can find a value in a list, repeat text, count up and down, add and subtract small numbers, "
+    "I can find a code in a list, repeat text, count, add and subtract small numbers, "
     "write and read short JSON, and answer a few questions about disagg. "
     "Try: Count from 1 to 20."
 )
 GREETING = f"Hello! I am {NAME}, a very small language model. {ABILITIES}"
-FALLBACK = f"Sorry, I am {NAME}, a very small model, and I do not understand that. Ask me: What can you do?"
+FALLBACK = "Sorry, I do not understand that. Ask me: What can you do?"
 
 COLORS = """red blue green yellow black white pink brown gray orange purple gold silver violet""".split()
 
