@@ -38,13 +38,15 @@ class Served:
         return report
 
     def pid_of(self, worker_id: str) -> int:
-        return next(int(worker["pid"]) for worker in self.status()["workers"] if worker["id"] == worker_id)
+        """KeyError: the worker is away, as a dead one is until its replacement has joined."""
+        pids: dict[str, int] = {worker["id"]: int(worker["pid"]) for worker in self.status()["workers"]}
+        return pids[worker_id]
 
     def wait_for(self, condition: Any, timeout_s: float, what: str) -> None:
         """Wait until condition() holds; states change by events, so short sleeps are enough."""
         deadline = time.monotonic() + timeout_s
         while time.monotonic() < deadline:
-            with contextlib.suppress(httpx.HTTPError, StopIteration, KeyError, json.JSONDecodeError):
+            with contextlib.suppress(httpx.HTTPError, KeyError, json.JSONDecodeError):
                 if condition():
                     return
             time.sleep(0.1)
