@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 from disagg.config import FrontendConfig
 from disagg.errors import ConfigError, InvalidRequestError
+from disagg.frontend.running import RunningRequests
 from disagg.service.generation import Generator
 from disagg.service.tokenizer import Tokenizer
 from disagg.types import SamplingParams
@@ -51,7 +52,8 @@ class Backend(Protocol):
 
     max_model_len: prompt and output tokens together. vocab_size: ids that a prompt may hold are below it.
     ready: cheap to ask, since probes do so every second. metrics: Prometheus text exposition of the whole
-    cluster. status: what `disagg status --json` prints. dashboard: what the page /dashboard draws.
+    cluster. running: requests that clients may abort by id. abort: at whichever front end runs it; False if
+    none does. status: what `disagg status --json` prints. dashboard: what the page /dashboard draws.
     """
 
     @property
@@ -73,7 +75,11 @@ class Backend(Protocol):
     @property
     def sampling_defaults(self) -> SamplingDefaults: ...
 
+    @property
+    def running(self) -> RunningRequests: ...
+
     async def ready(self) -> Readiness: ...
+    async def abort(self, request_id: str) -> bool: ...
     async def metrics(self) -> bytes: ...
     async def status(self) -> dict[str, Any]: ...
     async def dashboard(self) -> dict[str, Any]: ...

@@ -21,6 +21,7 @@ from disagg.config import ClusterConfig
 from disagg.errors import WorkerLostError
 from disagg.frontend.backend import Readiness, load_sampling_defaults
 from disagg.frontend.grpc_service import create_grpc_server
+from disagg.frontend.running import RunningRequests
 from disagg.model.config import read_spec
 from disagg.routing.view import ClusterView
 from disagg.service.exposition import merge_expositions
@@ -88,6 +89,7 @@ class Gateway:
         self._recorder: asyncio.Task[None] | None = None
         self._readiness: tuple[float, Readiness] | None = None
         self._grpc: grpc.aio.Server | None = None
+        self.running = RunningRequests()
 
     async def start(self) -> None:
         """Attach to the router, learn the model from its workers, open the gRPC port.
@@ -181,17 +183,25 @@ class Gateway:
             merge_expositions, parts, vllm_model=self.model_name if aliases else None
         )
 
-    def _report(self, kind: ReportKind) -> bytes:
-        """Return what another front end asks for through the router."""
+    def _report(self, kind: ReportKind, argument: str) -> bytes:
+        """Answer another front end, which asks through the router."""
+        if kind == router_pb2.REPORT_KIND_ABORT:
+            return b"1" if self.running.abort(argument) else b""
         return self._metrics.exposition() if kind == router_pb2.REPORT_KIND_METRICS else self._history.dump()
 
-    async def _gather(self, kind: ReportKind) -> dict[str, bytes]:
-        """Return the other front ends' reports; none while the router is away."""
+    async def _gather(self, kind: ReportKind, argument: str = "") -> dict[str, bytes]:
+        """Return the other front ends' answers; none while the router is away."""
         try:
-            return await self._router.gather(kind, PEER_TIMEOUT_S)
+            return await self._router.gather(kind, PEER_TIMEOUT_S, argument)
         except (WorkerLostError, grpc.RpcError) as error:
-            logger.warning("no reports from other front ends: %s", error)
+            logger.warning("no answers from other front ends: %s", error)
             return {}
+
+    async def abort(self, request_id: str) -> bool:
+        """Abort a request here or at whichever front end runs it."""
+        if self.running.abort(request_id):
+            return True
+        return b"1" in (await self._gather(router_pb2.REPORT_KIND_ABORT, request_id)).values()
 
     async def _scrape_worker(self, worker_id: str) -> bytes:
         return await self._workers.connect(worker_id).scrape(PEER_TIMEOUT_S)

@@ -89,7 +89,6 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
 
     def __init__(self, backend: Backend) -> None:
         self._backend = backend
-        self._running: dict[str, GenerationGroup] = {}
 
     async def Generate(  # type: ignore[override] # written to the context, so that closing is prompt
         self, request: inference_pb2.GenerateRequest, context: Context
@@ -102,10 +101,7 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
             await _abort(context, as_disagg_error(error, request_id))
 
     async def Abort(self, request: inference_pb2.AbortRequest, _context: Any) -> inference_pb2.AbortResponse:
-        group = self._running.get(request.request_id)
-        if group is not None:
-            group.abort()
-        return inference_pb2.AbortResponse(aborted=group is not None)
+        return inference_pb2.AbortResponse(aborted=await self._backend.abort(request.request_id))
 
     async def GetModelInfo(
         self, _request: inference_pb2.GetModelInfoRequest, _context: Any
@@ -123,19 +119,13 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
         self, request: inference_pb2.GenerateRequest, request_id: str, context: Context
     ) -> None:
         prompts.check_request_id(request_id, "request_id")
-        if request_id in self._running:
-            raise InvalidRequestError(f"request_id {request_id} is already running", param="request_id")
         generation = TextGeneration(self._backend, await self._prepare(request, request_id, context))
         group = GenerationGroup([generation])
-        if self._running.setdefault(request_id, group) is not group:
-            raise InvalidRequestError(f"request_id {request_id} is already running", param="request_id")
-        try:
+        with self._backend.running.entered(request_id, group.abort):
             async with aclosing(group.stream()) as deltas:
                 async for _, delta in deltas:
                     usage = None if delta.finish_reason is None else generation.usage
                     await context.write(_response(request_id, delta, usage))
-        finally:
-            del self._running[request_id]
 
     async def _prepare(
         self, request: inference_pb2.GenerateRequest, request_id: str, context: Context

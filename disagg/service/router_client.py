@@ -52,7 +52,7 @@ class RouterClient:
     """Places requests, and tells the router what became of them. All methods belong to the event loop.
 
     stale_placements: decisions made on the last view; on_stale_placement is called with each of them.
-    report: what this front end counts, asked for by the others through the router.
+    report: answers what the others ask through the router: a kind and its argument.
     connected: whether the stream to the router stands. router_pid: of the last router, 0 before the first.
     """
 
@@ -67,7 +67,7 @@ class RouterClient:
         clock: Callable[[], float] = time.monotonic,
         on_stale_placement: Callable[[Placement], None] | None = None,
         tls: ClusterTLS | None = None,
-        report: Callable[[ReportKind], bytes] | None = None,
+        report: Callable[[ReportKind, str], bytes] | None = None,
     ) -> None:
         self.frontend_id = wire.checked_id("frontend_id", frontend_id)
         self.connected = False
@@ -199,12 +199,12 @@ class RouterClient:
             raise WorkerLostError("the router went away", worker_id="router") from None
         return response.exposition
 
-    async def gather(self, kind: ReportKind, timeout: float) -> dict[str, bytes]:
-        """Return the reports of all other front ends by id. Raises as `scrape` does."""
+    async def gather(self, kind: ReportKind, timeout: float, argument: str = "") -> dict[str, bytes]:
+        """Return the answers of all other front ends by id. Raises as `scrape` does."""
         stub = self._stub
         if stub is None:
             raise WorkerLostError("the router is away", worker_id="router")
-        request = router_pb2.GatherRequest(frontend_id=self.frontend_id, kind=kind)
+        request = router_pb2.GatherRequest(frontend_id=self.frontend_id, kind=kind, argument=argument)
         try:
             response = await stub.Gather(request, timeout=timeout, metadata=self._metadata)
         except asyncio.CancelledError:
@@ -255,7 +255,7 @@ class RouterClient:
 
     def _answer(self, questions: Iterable[router_pb2.ReportQuestion]) -> None:
         for question in questions:
-            body = b"" if self._report is None else self._report(question.kind)
+            body = b"" if self._report is None else self._report(question.kind, question.argument)
             self._answers.append(router_pb2.ReportAnswer(number=question.number, body=body))
             self._events_ready.set()
 

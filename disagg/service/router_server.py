@@ -139,7 +139,10 @@ class RouterServer(router_pb2_grpc.RouterServicer):
         with self._gathering.begin(others) as answers:
             for frontend_id, number in answers.numbers.items():
                 peer = others[frontend_id]
-                peer.questions.append(router_pb2.ReportQuestion(number=number, kind=request.kind))
+                question = router_pb2.ReportQuestion(
+                    number=number, kind=request.kind, argument=request.argument
+                )
+                peer.questions.append(question)
                 peer.wake.set()
             bodies = await answers.wait(GATHER_TIMEOUT_S)
         reports = [router_pb2.ProcessReport(process=key, body=body) for key, body in bodies.items()]

@@ -30,6 +30,8 @@ class _ReportKindEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ReportKind
     """Prometheus text exposition."""
     REPORT_KIND_HISTORY: _ReportKind.ValueType  # 2
     """JSON: the last minutes, for the dashboard."""
+    REPORT_KIND_ABORT: _ReportKind.ValueType  # 3
+    """"1" if the request whose id is the argument ran here; it is aborted."""
 
 class ReportKind(_ReportKind, metaclass=_ReportKindEnumTypeWrapper): ...
 
@@ -38,6 +40,8 @@ REPORT_KIND_METRICS: ReportKind.ValueType  # 1
 """Prometheus text exposition."""
 REPORT_KIND_HISTORY: ReportKind.ValueType  # 2
 """JSON: the last minutes, for the dashboard."""
+REPORT_KIND_ABORT: ReportKind.ValueType  # 3
+""""1" if the request whose id is the argument ran here; it is aborted."""
 Global___ReportKind: _TypeAlias = ReportKind  # noqa: Y015
 
 @_typing.final
@@ -46,18 +50,21 @@ class GatherRequest(_message.Message):
 
     FRONTEND_ID_FIELD_NUMBER: _builtins.int
     KIND_FIELD_NUMBER: _builtins.int
+    ARGUMENT_FIELD_NUMBER: _builtins.int
     frontend_id: _builtins.str
     """The front end that asks; it is not asked itself."""
     kind: Global___ReportKind.ValueType
+    argument: _builtins.str
     def __init__(
         self,
         *,
         frontend_id: _builtins.str = ...,
         kind: Global___ReportKind.ValueType = ...,
+        argument: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["frontend_id", b"frontend_id", "kind", b"kind"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["argument", b"argument", "frontend_id", b"frontend_id", "kind", b"kind"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -530,17 +537,20 @@ class ReportQuestion(_message.Message):
 
     NUMBER_FIELD_NUMBER: _builtins.int
     KIND_FIELD_NUMBER: _builtins.int
+    ARGUMENT_FIELD_NUMBER: _builtins.int
     number: _builtins.int
     kind: Global___ReportKind.ValueType
+    argument: _builtins.str
     def __init__(
         self,
         *,
         number: _builtins.int = ...,
         kind: Global___ReportKind.ValueType = ...,
+        argument: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["kind", b"kind", "number", b"number"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["argument", b"argument", "kind", b"kind", "number", b"number"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -96,7 +96,7 @@ class RouterServicer:
         raise NotImplementedError('Method not implemented!')
 
     def Gather(self, request, context):
-        """What every other front end counts: the router asks them over their Attach streams.
+        """Asks every other front end something, over their Attach streams: what it counts, or to abort a request.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -44,7 +44,7 @@ class RouterStub:
     """
     Scrape: _grpc.UnaryUnaryMultiCallable[_worker_pb2.ScrapeRequest, _worker_pb2.ScrapeResponse]
     Gather: _grpc.UnaryUnaryMultiCallable[_router_pb2.GatherRequest, _router_pb2.GatherResponse]
-    """What every other front end counts: the router asks them over their Attach streams."""
+    """Asks every other front end something, over their Attach streams: what it counts, or to abort a request."""
 
 @_typing.type_check_only
 class RouterAsyncStub(RouterStub):
@@ -61,7 +61,7 @@ class RouterAsyncStub(RouterStub):
     """
     Scrape: _aio.UnaryUnaryMultiCallable[_worker_pb2.ScrapeRequest, _worker_pb2.ScrapeResponse]  # type: ignore[assignment]
     Gather: _aio.UnaryUnaryMultiCallable[_router_pb2.GatherRequest, _router_pb2.GatherResponse]  # type: ignore[assignment]
-    """What every other front end counts: the router asks them over their Attach streams."""
+    """Asks every other front end something, over their Attach streams: what it counts, or to abort a request."""
 
 class RouterServicer(metaclass=_abc_1.ABCMeta):
     """The global router. Tokens and KV never pass through it."""
@@ -105,6 +105,6 @@ class RouterServicer(metaclass=_abc_1.ABCMeta):
         request: _router_pb2.GatherRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_router_pb2.GatherResponse, _abc.Awaitable[_router_pb2.GatherResponse]]:
-        """What every other front end counts: the router asks them over their Attach streams."""
+        """Asks every other front end something, over their Attach streams: what it counts, or to abort a request."""
 
 def add_RouterServicer_to_server(servicer: RouterServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

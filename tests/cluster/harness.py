@@ -80,6 +80,16 @@ async def running_cluster(
         await cluster.router.stop()
 
 
+@contextlib.asynccontextmanager
+async def second_gateway(cluster: Cluster) -> AsyncIterator[Gateway]:
+    gateway = Gateway(cluster.config, SECRET, cluster.router_address)
+    await gateway.start()
+    try:
+        yield gateway
+    finally:
+        await gateway.stop()
+
+
 @dataclass
 class Answer:
     token_ids: list[int]

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import re
 import time
-from collections.abc import AsyncIterator
 from typing import Any
 
 import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from disagg.frontend.gateway import Gateway
 from disagg.frontend.http import create_app
-from tests.cluster.harness import SECRET, Cluster, ask, running_cluster
+from tests.cluster.harness import ask, running_cluster, second_gateway
 from tests.unit.frontend.frontend_fakes import serve_app
 
 PROMPT = list(range(10, 90))
@@ -28,16 +25,6 @@ def total(exposition: bytes, name: str, **labels: str) -> float:
         for sample in family.samples
         if sample.name == name and labels.items() <= sample.labels.items()
     )
-
-
-@contextlib.asynccontextmanager
-async def second_gateway(cluster: Cluster) -> AsyncIterator[Gateway]:
-    gateway = Gateway(cluster.config, SECRET, cluster.router_address)
-    await gateway.start()
-    try:
-        yield gateway
-    finally:
-        await gateway.stop()
 
 
 async def test_either_front_end_tells_what_both_served() -> None:

@@ -19,6 +19,7 @@ from disagg.config import FrontendConfig
 from disagg.frontend.backend import Readiness, SamplingDefaults
 from disagg.frontend.grpc_service import build_grpc_server
 from disagg.frontend.http import create_app
+from disagg.frontend.running import RunningRequests
 from disagg.service.generation import GenerationRequest
 from disagg.service.tokenizer import Tokenizer
 from disagg.tinymodel.tokenizer import build_tokenizer, save_tokenizer
@@ -131,11 +132,15 @@ class FakeBackend:
 
     def __post_init__(self) -> None:
         self.generator = FakeGenerator(self.tokenizer)
+        self.running = RunningRequests()
         self.vocab_size = self.tokenizer.vocab_size
         self.eos_token_ids = (self.tokenizer.eos_token_id or 0,)
 
     async def ready(self) -> Readiness:
         return self.readiness
+
+    async def abort(self, request_id: str) -> bool:
+        return self.running.abort(request_id)
 
     async def metrics(self) -> bytes:
         return b"# HELP disagg_workers Workers.\n# TYPE disagg_workers gauge\ndisagg_workers 2.0\n"
