@@ -12,7 +12,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,8 +20,9 @@ import numpy as np
 from disagg.config import KVTransport
 from disagg.errors import InvalidRequestError, KVLostError, LayoutMismatchError
 from disagg.tls import ClusterTLS
+from disagg.transfer.agreement import Device
 from disagg.transfer.calls import DamagedKVError, answered, peer_errors
-from disagg.transfer.connections import Connection, Connections, Peer, Resolve
+from disagg.transfer.connections import Connection, Connections, Opener, Peer, Resolve
 from disagg.transfer.keeper import LeaseKeeper
 from disagg.transfer.segment import SharedSegment
 from disagg.transfer.wire import canary_bytes, handle_to_proto, probe_handle
@@ -49,7 +50,8 @@ class KVTransferClient:
     """Pulls into `segment`. Create it on the event loop that uses it.
 
     resolve: address and incarnation of a worker as the cluster knows them; a handle's word is not taken.
-    pull_timeout_s: bound on each pull, probe and release. Raises ConfigError for a transport that isn't here.
+    pull_timeout_s: bound on each pull, probe and release. device, openers: see Connections. Raises
+    ConfigError for a transport that isn't here.
     """
 
     def __init__(
@@ -65,6 +67,8 @@ class KVTransferClient:
         lease_s: float = 5.0,
         pull_timeout_s: float = 10.0,
         tls: ClusterTLS | None = None,
+        device: Device = "cpu",
+        openers: Mapping[str, Opener] | None = None,
     ) -> None:
         self._block_bytes = layout.block_bytes
         self._segment = segment
@@ -78,6 +82,8 @@ class KVTransferClient:
             transport=transport,
             timeout_s=pull_timeout_s,
             tls=tls,
+            device=device,
+            openers=openers,
         )
         self._keeper = LeaseKeeper(self._connections, lease_s / RENEWALS_PER_LEASE)
         self._releases: set[asyncio.Task[None]] = set()

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Callable, Collection
+from collections.abc import Awaitable, Callable, Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -18,6 +18,7 @@ from disagg.config import KVTransport
 from disagg.errors import ConfigError, KVLostError
 from disagg.rpc import cluster_channel, secret_metadata
 from disagg.tls import ClusterTLS
+from disagg.transfer.agreement import Device, Side, device_from_proto, transports_for
 from disagg.transfer.bulk_reader import BulkReader
 from disagg.transfer.calls import answered, peer_errors
 from disagg.transfer.readers import BlockReader, SharedMemoryReader, StreamReader
@@ -40,7 +41,31 @@ COPY_THREADS = 2
 RECEIVE_THREADS = 64
 # A port behind a filter answers nothing: the pull that finds out must have time left for gRPC.
 BULK_DIAL_SHARE = 0.2
-_TRANSPORTS = ("auto", "shm", "grpc")
+
+
+@dataclass(frozen=True, slots=True)
+class Reached:
+    """A peer that answered and has the same layout, before it is known how its blocks are read.
+
+    address: host:port as the cluster knows it.
+    """
+
+    channel: grpc.aio.Channel
+    stub: worker_pb2_grpc.KVTransferAsyncStub
+    response: worker_pb2.ConnectResponse
+    address: str
+
+    @property
+    def peer(self) -> Peer:
+        return self.response.worker_id, self.response.incarnation
+
+    @property
+    def host(self) -> str:
+        return self.address.rpartition(":")[0].strip("[]")
+
+
+# Returns a reader by one transport, or raises KVLostError where it can't be had with this peer.
+Opener = Callable[[Reached], Awaitable[BlockReader]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +80,7 @@ class Connection:
 class Connections:
     """One worker's connections to its peers. own: the worker itself, as it introduces itself.
 
+    device: where its cache is. openers: transports besides shm and grpc, which every worker on CPUs has.
     Raises ConfigError where the transport is not one of those that exist here.
     """
 
@@ -68,10 +94,16 @@ class Connections:
         transport: KVTransport,
         timeout_s: float,
         tls: ClusterTLS | None = None,
+        device: Device = "cpu",
+        openers: Mapping[str, Opener] | None = None,
     ) -> None:
-        if transport not in _TRANSPORTS:
+        self._openers: dict[str, Opener] = dict(openers or {})
+        if device == "cpu":
+            self._openers |= {"shm": self._shared_memory, "grpc": self._over_grpc}
+        if transport not in ("auto", "shm", *self._openers):
+            here = ", ".join(("auto", *sorted(self._openers)))
             raise ConfigError(
-                f"kv_transport: {transport} is not available; use one of {_TRANSPORTS}", param="kv_transport"
+                f"kv_transport: {transport} is not available here; use one of {here}", param="kv_transport"
             )
         self._layout = layout
         self._own = own
@@ -81,7 +113,7 @@ class Connections:
         self._transport = transport
         self._timeout_s = timeout_s
         self._tls = tls
-        self._host_id = host_id()
+        self._side = Side(host_id(), device, frozenset(self._openers))
         self._executor = ThreadPoolExecutor(COPY_THREADS, thread_name_prefix="kv-copy")
         self._receivers = ThreadPoolExecutor(RECEIVE_THREADS, thread_name_prefix="kv-receive")
         self._agreed: dict[Peer, asyncio.Task[Connection]] = {}
@@ -119,7 +151,9 @@ class Connections:
             if (response.worker_id, response.incarnation) != peer:
                 raise KVLostError(f"{address} does not answer as {peer[0]}")
             check_same_layout(self._layout, response.layout)
-            return Connection(channel, stub, await self._reader(stub, response, address))
+            reader = await self._reader(Reached(channel, stub, response, address))
+            logger.info("KV from %s travels by %s", peer[0], reader.transport)
+            return Connection(channel, stub, reader)
         except BaseException:
             await channel.close()
             raise
@@ -129,31 +163,35 @@ class Connections:
             worker_id=self._own[0],
             incarnation=self._own[1],
             layout=layout_to_proto(self._layout),
-            host_id=self._host_id,
+            host_id=self._side.host_id,
         )
 
-    async def _reader(
-        self, stub: worker_pb2_grpc.KVTransferAsyncStub, response: worker_pb2.ConnectResponse, address: str
-    ) -> BlockReader:
-        """Return the fastest reader that the configuration allows and that works for this peer."""
-        if self._transport != "grpc":
+    async def _reader(self, reached: Reached) -> BlockReader:
+        """Return a reader by the first transport that fits and works. Raises KVLostError, of the last one."""
+        response = reached.response
+        device = device_from_proto(response.device)
+        # On a CPU the service that answered serves the blocks too.
+        offered = {*response.transports, *(("grpc",) if device == "cpu" else ())}
+        theirs = Side(response.host_id, device, offered)
+        names = transports_for(self._transport, self._side, theirs)
+        for name in names[:-1]:
             try:
-                return self._shared_memory(stub, response)
+                return await self._openers[name](reached)
             except KVLostError as error:
-                if self._transport == "shm":
-                    raise
-                logger.info("KV from %s travels over gRPC: %s", response.worker_id, error.message)
-        try:
-            return await self._bulk(response, address)
-        except KVLostError as error:
-            logger.warning("KV from %s travels as messages, slowly: %s", response.worker_id, error.message)
-        return StreamReader(stub, self.metadata, self._layout.block_bytes)
+                logger.warning("KV from %s can't travel by %s: %s", reached.peer[0], name, error.message)
+        return await self._openers[names[-1]](reached)
 
-    async def _bulk(self, response: worker_pb2.ConnectResponse, address: str) -> BulkReader:
+    async def _over_grpc(self, reached: Reached) -> BlockReader:
+        try:
+            return await self._bulk(reached.response, reached.host)
+        except KVLostError as error:
+            logger.warning("KV from %s travels as messages, slowly: %s", reached.peer[0], error.message)
+        return StreamReader(reached.stub, self.metadata, self._layout.block_bytes)
+
+    async def _bulk(self, response: worker_pb2.ConnectResponse, host: str) -> BulkReader:
         """Return a reader whose first stream is open. The host is the cluster's word, the port the peer's."""
         if not 0 < response.bulk_port < 2**16:
             raise KVLostError("the peer serves no bulk streams")
-        host = address.rpartition(":")[0].strip("[]")
         reader = BulkReader(
             (host, response.bulk_port),
             (response.worker_id, response.incarnation),
@@ -169,15 +207,12 @@ class Connections:
             raise KVLostError(f"port {response.bulk_port} does not answer in time") from None
         return reader
 
-    def _shared_memory(
-        self, stub: worker_pb2_grpc.KVTransferAsyncStub, response: worker_pb2.ConnectResponse
-    ) -> SharedMemoryReader:
-        if "shm" not in response.transports or response.host_id != self._host_id:
-            raise KVLostError("the peer is on another host")
+    async def _shared_memory(self, reached: Reached) -> BlockReader:
+        response = reached.response
         if not 0 < response.num_blocks < MAX_PEER_BLOCKS:
             raise KVLostError(f"the peer says that it has {response.num_blocks} blocks")
         segment = map_peer(response.segment, response.num_blocks, self._layout.block_bytes)
-        return SharedMemoryReader(stub, self.metadata, segment, self._executor)
+        return SharedMemoryReader(reached.stub, self.metadata, segment, self._executor)
 
     def retain(self, alive: Collection[Peer]) -> None:
         """Forget every peer that is not in `alive`: calls to it end, its memory is unmapped."""

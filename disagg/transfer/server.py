@@ -81,6 +81,7 @@ class KVTransferService(worker_pb2_grpc.KVTransferServicer):
             None if tls is None else tls.server,
         )
         self._bulk_port = 0
+        self._offers: dict[str, Callable[[worker_pb2.ConnectResponse], None]] = {}
         self._probe = probe_handle(worker_id, incarnation, secret)
         segment.canary[:] = np.frombuffer(canary_bytes(self._probe, segment.block_bytes), np.uint8)
 
@@ -90,6 +91,16 @@ class KVTransferService(worker_pb2_grpc.KVTransferServicer):
         be bound.
         """
         self._bulk_port = await self._bulk.start(host)
+
+    def offer(
+        self,
+        transport: str,
+        describe: Callable[[worker_pb2.ConnectResponse], None] = lambda _response: None,
+    ) -> None:
+        """Tell peers that connect from now on of a transport besides shm and grpc. describe: adds what they
+        need to know for it.
+        """
+        self._offers[transport] = describe
 
     # -- owner ---------------------------------------------------------------------------------------
 
@@ -154,7 +165,7 @@ class KVTransferService(worker_pb2_grpc.KVTransferServicer):
             segment = self._segment.describe() if request.host_id == self._host_id else None
         except (KVLostError, LayoutMismatchError) as error:
             await _refuse(context, error)
-        return worker_pb2.ConnectResponse(
+        response = worker_pb2.ConnectResponse(
             worker_id=self._worker_id,
             incarnation=self._incarnation,
             layout=layout_to_proto(self._layout),
@@ -163,7 +174,12 @@ class KVTransferService(worker_pb2_grpc.KVTransferServicer):
             segment=segment,
             num_blocks=self._segment.num_blocks,
             bulk_port=self._bulk_port,
+            device="cpu",
         )
+        for transport, describe in self._offers.items():
+            response.transports.append(transport)
+            describe(response)
+        return response
 
     async def Locate(self, request: worker_pb2.LocateRequest, context: Context) -> worker_pb2.LocateResponse:
         try:

@@ -12,6 +12,8 @@ from disagg.v1 import worker_pb2
 KEY_BYTES = 16
 MAX_ID_CHARS = 256
 PROBE_REQUEST_ID = "probe"
+# How a block's bytes are arranged: [layer, K/V, head, token, dim]. Another number for another arrangement.
+LAYOUT_VERSION = 1
 
 _LAYOUT_FIELDS = ("model", "dtype", "block_size", "num_layers", "num_kv_heads", "head_dim", "tp_size")
 # Longer than any fingerprint; a peer must not choose how long our error messages are.
@@ -19,7 +21,8 @@ _MAX_SHOWN_CHARS = 80
 
 
 def layout_to_proto(layout: KVLayout) -> worker_pb2.KVLayout:
-    return worker_pb2.KVLayout(**{name: getattr(layout, name) for name in _LAYOUT_FIELDS})
+    fields = {name: getattr(layout, name) for name in _LAYOUT_FIELDS}
+    return worker_pb2.KVLayout(version=LAYOUT_VERSION, **fields)
 
 
 def check_same_layout(ours: KVLayout, theirs: worker_pb2.KVLayout) -> None:
@@ -29,6 +32,8 @@ def check_same_layout(ours: KVLayout, theirs: worker_pb2.KVLayout) -> None:
         for name in _LAYOUT_FIELDS
         if getattr(ours, name) != getattr(theirs, name)
     ]
+    if theirs.version != LAYOUT_VERSION:
+        differences.append(f"version: {LAYOUT_VERSION} here, {theirs.version} there")
     if differences:
         raise LayoutMismatchError("KV layouts differ in " + "; ".join(differences))
 

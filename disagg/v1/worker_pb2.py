@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from disagg.v1 import common_pb2 as disagg_dot_v1_dot_common__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16\x64isagg/v1/worker.proto\x12\tdisagg.v1\x1a\x16\x64isagg/v1/common.proto\"b\n\x0eSessionRequest\x12#\n\x06submit\x18\x01 \x01(\x0b\x32\x11.disagg.v1.SubmitH\x00\x12#\n\x06\x63\x61ncel\x18\x02 \x01(\x0b\x32\x11.disagg.v1.CancelH\x00\x42\x06\n\x04kind\"\xfd\x01\n\x06Submit\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x15\n\ttoken_ids\x18\x02 \x03(\x05\x42\x02\x10\x01\x12\x19\n\x11num_prompt_tokens\x18\x03 \x01(\x05\x12)\n\x06params\x18\x04 \x01(\x0b\x32\x19.disagg.v1.SamplingParams\x12\x10\n\x08priority\x18\x05 \x01(\x05\x12\x11\n\ttimeout_s\x18\x06 \x01(\x01\x12\x12\n\ncache_salt\x18\x07 \x01(\t\x12\x10\n\x08hold_key\x18\x08 \x01(\x0c\x12#\n\x06handle\x18\t \x01(\x0b\x32\x13.disagg.v1.KVHandle\x12\x12\n\nslo_ttft_s\x18\n \x01(\x01\"g\n\x08KVHandle\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\t\x12\x12\n\nrequest_id\x18\x03 \x01(\t\x12\x0b\n\x03key\x18\x04 \x01(\x0c\x12\x12\n\nnum_tokens\x18\x05 \x01(\x05\"\x1c\n\x06\x43\x61ncel\x12\x12\n\nrequest_id\x18\x01 \x01(\t\"=\n\x0fSessionResponse\x12*\n\x07outputs\x18\x01 \x03(\x0b\x32\x19.disagg.v1.SequenceOutput\"\x9b\x03\n\x0eSequenceOutput\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x15\n\ttoken_ids\x18\x02 \x03(\x05\x42\x02\x10\x01\x12*\n\x08logprobs\x18\x03 \x03(\x0b\x32\x18.disagg.v1.TokenLogprobs\x12.\n\rfinish_reason\x18\x04 \x01(\x0e\x32\x17.disagg.v1.FinishReason\x12\x19\n\x0cmatched_stop\x18\x05 \x01(\x05H\x00\x88\x01\x01\x12\x0c\n\x04held\x18\x06 \x01(\x08\x12\x19\n\x11num_cached_tokens\x18\x07 \x01(\x05\x12\x15\n\x08queued_s\x18\x08 \x01(\x01H\x01\x88\x01\x01\x12\x16\n\tprefill_s\x18\t \x01(\x01H\x02\x88\x01\x01\x12\r\n\x05\x65rror\x18\n \x01(\t\x12\x12\n\nerror_type\x18\x0b \x01(\t\x12\x13\n\x0b\x65rror_param\x18\x0c \x01(\t\x12+\n\x08transfer\x18\r \x01(\x0b\x32\x19.disagg.v1.TransferReportB\x0f\n\r_matched_stopB\x0b\n\t_queued_sB\x0c\n\n_prefill_s\"}\n\x0eTransferReport\x12\x12\n\nrecomputed\x18\x01 \x01(\x08\x12\x11\n\ttransport\x18\x02 \x01(\t\x12\r\n\x05\x62ytes\x18\x03 \x01(\x03\x12\x0f\n\x07seconds\x18\x04 \x01(\x01\x12\x14\n\x0clocal_tokens\x18\x05 \x01(\x05\x12\x0e\n\x06reason\x18\x06 \x01(\t\"!\n\x0cProbeRequest\x12\x11\n\tworker_id\x18\x01 \x01(\t\"=\n\rProbeResponse\x12\n\n\x02ok\x18\x01 \x01(\x08\x12\r\n\x05\x65rror\x18\x02 \x01(\t\x12\x11\n\ttransport\x18\x03 \x01(\t\"\x0f\n\rScrapeRequest\"$\n\x0eScrapeResponse\x12\x12\n\nexposition\x18\x01 \x01(\x0c\"\x89\x01\n\x08KVLayout\x12\r\n\x05model\x18\x01 \x01(\t\x12\r\n\x05\x64type\x18\x02 \x01(\t\x12\x12\n\nblock_size\x18\x03 \x01(\x05\x12\x12\n\nnum_layers\x18\x04 \x01(\x05\x12\x14\n\x0cnum_kv_heads\x18\x05 \x01(\x05\x12\x10\n\x08head_dim\x18\x06 \x01(\x05\x12\x0f\n\x07tp_size\x18\x07 \x01(\x05\"n\n\x0e\x43onnectRequest\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\t\x12#\n\x06layout\x18\x03 \x01(\x0b\x32\x13.disagg.v1.KVLayout\x12\x0f\n\x07host_id\x18\x04 \x01(\t\"J\n\rSharedSegment\x12\x0b\n\x03pid\x18\x01 \x01(\x05\x12\n\n\x02\x66\x64\x18\x02 \x01(\x05\x12\x11\n\tnum_bytes\x18\x03 \x01(\x03\x12\r\n\x05nonce\x18\x04 \x01(\x0c\"\xd5\x01\n\x0f\x43onnectResponse\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\t\x12#\n\x06layout\x18\x03 \x01(\x0b\x32\x13.disagg.v1.KVLayout\x12\x0f\n\x07host_id\x18\x04 \x01(\t\x12\x12\n\ntransports\x18\x05 \x03(\t\x12)\n\x07segment\x18\x06 \x01(\x0b\x32\x18.disagg.v1.SharedSegment\x12\x12\n\nnum_blocks\x18\x07 \x01(\x05\x12\x11\n\tbulk_port\x18\x08 \x01(\x05\"I\n\rLocateRequest\x12#\n\x06handle\x18\x01 \x01(\x0b\x32\x13.disagg.v1.KVHandle\x12\x13\n\x0b\x66irst_block\x18\x02 \x01(\x05\"\'\n\x0eLocateResponse\x12\x15\n\tblock_ids\x18\x01 \x03(\x05\x42\x02\x10\x01\"G\n\x0bPullRequest\x12#\n\x06handle\x18\x01 \x01(\x0b\x32\x13.disagg.v1.KVHandle\x12\x13\n\x0b\x66irst_block\x18\x02 \x01(\x05\"E\n\tPullChunk\x12\x13\n\x0b\x66irst_block\x18\x01 \x01(\x05\x12\x0c\n\x04\x64\x61ta\x18\x02 \x01(\x0c\x12\x15\n\tchecksums\x18\x03 \x03(\x07\x42\x02\x10\x01\"4\n\x0cRenewRequest\x12$\n\x07handles\x18\x01 \x03(\x0b\x32\x13.disagg.v1.KVHandle\"\"\n\rRenewResponse\x12\x11\n\x05valid\x18\x01 \x03(\x08\x42\x02\x10\x01\"5\n\x0eReleaseRequest\x12#\n\x06handle\x18\x01 \x01(\x0b\x32\x13.disagg.v1.KVHandle\" \n\x0fReleaseResponse\x12\r\n\x05valid\x18\x01 \x01(\x08\x32\xc9\x01\n\x06Worker\x12\x44\n\x07Session\x12\x19.disagg.v1.SessionRequest\x1a\x1a.disagg.v1.SessionResponse(\x01\x30\x01\x12:\n\x05Probe\x12\x17.disagg.v1.ProbeRequest\x1a\x18.disagg.v1.ProbeResponse\x12=\n\x06Scrape\x12\x18.disagg.v1.ScrapeRequest\x1a\x19.disagg.v1.ScrapeResponse2\xc3\x02\n\nKVTransfer\x12@\n\x07\x43onnect\x12\x19.disagg.v1.ConnectRequest\x1a\x1a.disagg.v1.ConnectResponse\x12=\n\x06Locate\x12\x18.disagg.v1.LocateRequest\x1a\x19.disagg.v1.LocateResponse\x12\x36\n\x04Pull\x12\x16.disagg.v1.PullRequest\x1a\x14.disagg.v1.PullChunk0\x01\x12:\n\x05Renew\x12\x17.disagg.v1.RenewRequest\x1a\x18.disagg.v1.RenewResponse\x12@\n\x07Release\x12\x19.disagg.v1.ReleaseRequest\x1a\x1a.disagg.v1.ReleaseResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16\x64isagg/v1/worker.proto\x12\tdisagg.v1\x1a\x16\x64isagg/v1/common.proto\"b\n\x0eSessionRequest\x12#\n\x06submit\x18\x01 \x01(\x0b\x32\x11.disagg.v1.SubmitH\x00\x12#\n\x06\x63\x61ncel\x18\x02 \x01(\x0b\x32\x11.disagg.v1.CancelH\x00\x42\x06\n\x04kind\"\xfd\x01\n\x06Submit\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x15\n\ttoken_ids\x18\x02 \x03(\x05\x42\x02\x10\x01\x12\x19\n\x11num_prompt_tokens\x18\x03 \x01(\x05\x12)\n\x06params\x18\x04 \x01(\x0b\x32\x19.disagg.v1.SamplingParams\x12\x10\n\x08priority\x18\x05 \x01(\x05\x12\x11\n\ttimeout_s\x18\x06 \x01(\x01\x12\x12\n\ncache_salt\x18\x07 \x01(\t\x12\x10\n\x08hold_key\x18\x08 \x01(\x0c\x12#\n\x06handle\x18\t \x01(\x0b\x32\x13.disagg.v1.KVHandle\x12\x12\n\nslo_ttft_s\x18\n \x01(\x01\"g\n\x08KVHandle\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\t\x12\x12\n\nrequest_id\x18\x03 \x01(\t\x12\x0b\n\x03key\x18\x04 \x01(\x0c\x12\x12\n\nnum_tokens\x18\x05 \x01(\x05\"\x1c\n\x06\x43\x61ncel\x12\x12\n\nrequest_id\x18\x01 \x01(\t\"=\n\x0fSessionResponse\x12*\n\x07outputs\x18\x01 \x03(\x0b\x32\x19.disagg.v1.SequenceOutput\"\x9b\x03\n\x0eSequenceOutput\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x15\n\ttoken_ids\x18\x02 \x03(\x05\x42\x02\x10\x01\x12*\n\x08logprobs\x18\x03 \x03(\x0b\x32\x18.disagg.v1.TokenLogprobs\x12.\n\rfinish_reason\x18\x04 \x01(\x0e\x32\x17.disagg.v1.FinishReason\x12\x19\n\x0cmatched_stop\x18\x05 \x01(\x05H\x00\x88\x01\x01\x12\x0c\n\x04held\x18\x06 \x01(\x08\x12\x19\n\x11num_cached_tokens\x18\x07 \x01(\x05\x12\x15\n\x08queued_s\x18\x08 \x01(\x01H\x01\x88\x01\x01\x12\x16\n\tprefill_s\x18\t \x01(\x01H\x02\x88\x01\x01\x12\r\n\x05\x65rror\x18\n \x01(\t\x12\x12\n\nerror_type\x18\x0b \x01(\t\x12\x13\n\x0b\x65rror_param\x18\x0c \x01(\t\x12+\n\x08transfer\x18\r \x01(\x0b\x32\x19.disagg.v1.TransferReportB\x0f\n\r_matched_stopB\x0b\n\t_queued_sB\x0c\n\n_prefill_s\"}\n\x0eTransferReport\x12\x12\n\nrecomputed\x18\x01 \x01(\x08\x12\x11\n\ttransport\x18\x02 \x01(\t\x12\r\n\x05\x62ytes\x18\x03 \x01(\x03\x12\x0f\n\x07seconds\x18\x04 \x01(\x01\x12\x14\n\x0clocal_tokens\x18\x05 \x01(\x05\x12\x0e\n\x06reason\x18\x06 \x01(\t\"!\n\x0cProbeRequest\x12\x11\n\tworker_id\x18\x01 \x01(\t\"=\n\rProbeResponse\x12\n\n\x02ok\x18\x01 \x01(\x08\x12\r\n\x05\x65rror\x18\x02 \x01(\t\x12\x11\n\ttransport\x18\x03 \x01(\t\"\x0f\n\rScrapeRequest\"$\n\x0eScrapeResponse\x12\x12\n\nexposition\x18\x01 \x01(\x0c\"\x9a\x01\n\x08KVLayout\x12\r\n\x05model\x18\x01 \x01(\t\x12\r\n\x05\x64type\x18\x02 \x01(\t\x12\x12\n\nblock_size\x18\x03 \x01(\x05\x12\x12\n\nnum_layers\x18\x04 \x01(\x05\x12\x14\n\x0cnum_kv_heads\x18\x05 \x01(\x05\x12\x10\n\x08head_dim\x18\x06 \x01(\x05\x12\x0f\n\x07tp_size\x18\x07 \x01(\x05\x12\x0f\n\x07version\x18\x08 \x01(\x05\"n\n\x0e\x43onnectRequest\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\t\x12#\n\x06layout\x18\x03 \x01(\x0b\x32\x13.disagg.v1.KVLayout\x12\x0f\n\x07host_id\x18\x04 \x01(\t\"J\n\rSharedSegment\x12\x0b\n\x03pid\x18\x01 \x01(\x05\x12\n\n\x02\x66\x64\x18\x02 \x01(\x05\x12\x11\n\tnum_bytes\x18\x03 \x01(\x03\x12\r\n\x05nonce\x18\x04 \x01(\x0c\"\xb0\x02\n\x0f\x43onnectResponse\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\t\x12#\n\x06layout\x18\x03 \x01(\x0b\x32\x13.disagg.v1.KVLayout\x12\x0f\n\x07host_id\x18\x04 \x01(\t\x12\x12\n\ntransports\x18\x05 \x03(\t\x12)\n\x07segment\x18\x06 \x01(\x0b\x32\x18.disagg.v1.SharedSegment\x12\x12\n\nnum_blocks\x18\x07 \x01(\x05\x12\x11\n\tbulk_port\x18\x08 \x01(\x05\x12\x0e\n\x06\x64\x65vice\x18\t \x01(\t\x12#\n\x04nixl\x18\n \x01(\x0b\x32\x15.disagg.v1.NixlRegion\x12$\n\x04\x63uda\x18\x0b \x01(\x0b\x32\x16.disagg.v1.CudaSegment\"/\n\nNixlRegion\x12\x10\n\x08metadata\x18\x01 \x01(\x0c\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\x04\"U\n\x0b\x43udaSegment\x12\x0e\n\x06handle\x18\x01 \x01(\x0c\x12\x0e\n\x06offset\x18\x02 \x01(\x04\x12\x11\n\tnum_bytes\x18\x03 \x01(\x03\x12\x13\n\x0b\x64\x65vice_uuid\x18\x04 \x01(\t\"I\n\rLocateRequest\x12#\n\x06handle\x18\x01 \x01(\x0b\x32\x13.disagg.v1.KVHandle\x12\x13\n\x0b\x66irst_block\x18\x02 \x01(\x05\"\'\n\x0eLocateResponse\x12\x15\n\tblock_ids\x18\x01 \x03(\x05\x42\x02\x10\x01\"G\n\x0bPullRequest\x12#\n\x06handle\x18\x01 \x01(\x0b\x32\x13.disagg.v1.KVHandle\x12\x13\n\x0b\x66irst_block\x18\x02 \x01(\x05\"E\n\tPullChunk\x12\x13\n\x0b\x66irst_block\x18\x01 \x01(\x05\x12\x0c\n\x04\x64\x61ta\x18\x02 \x01(\x0c\x12\x15\n\tchecksums\x18\x03 \x03(\x07\x42\x02\x10\x01\"4\n\x0cRenewRequest\x12$\n\x07handles\x18\x01 \x03(\x0b\x32\x13.disagg.v1.KVHandle\"\"\n\rRenewResponse\x12\x11\n\x05valid\x18\x01 \x03(\x08\x42\x02\x10\x01\"5\n\x0eReleaseRequest\x12#\n\x06handle\x18\x01 \x01(\x0b\x32\x13.disagg.v1.KVHandle\" \n\x0fReleaseResponse\x12\r\n\x05valid\x18\x01 \x01(\x08\x32\xc9\x01\n\x06Worker\x12\x44\n\x07Session\x12\x19.disagg.v1.SessionRequest\x1a\x1a.disagg.v1.SessionResponse(\x01\x30\x01\x12:\n\x05Probe\x12\x17.disagg.v1.ProbeRequest\x1a\x18.disagg.v1.ProbeResponse\x12=\n\x06Scrape\x12\x18.disagg.v1.ScrapeRequest\x1a\x19.disagg.v1.ScrapeResponse2\xc3\x02\n\nKVTransfer\x12@\n\x07\x43onnect\x12\x19.disagg.v1.ConnectRequest\x1a\x1a.disagg.v1.ConnectResponse\x12=\n\x06Locate\x12\x18.disagg.v1.LocateRequest\x1a\x19.disagg.v1.LocateResponse\x12\x36\n\x04Pull\x12\x16.disagg.v1.PullRequest\x1a\x14.disagg.v1.PullChunk0\x01\x12:\n\x05Renew\x12\x17.disagg.v1.RenewRequest\x1a\x18.disagg.v1.RenewResponse\x12@\n\x07Release\x12\x19.disagg.v1.ReleaseRequest\x1a\x1a.disagg.v1.ReleaseResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -65,31 +65,35 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_SCRAPERESPONSE']._serialized_start=1271
   _globals['_SCRAPERESPONSE']._serialized_end=1307
   _globals['_KVLAYOUT']._serialized_start=1310
-  _globals['_KVLAYOUT']._serialized_end=1447
-  _globals['_CONNECTREQUEST']._serialized_start=1449
-  _globals['_CONNECTREQUEST']._serialized_end=1559
-  _globals['_SHAREDSEGMENT']._serialized_start=1561
-  _globals['_SHAREDSEGMENT']._serialized_end=1635
-  _globals['_CONNECTRESPONSE']._serialized_start=1638
-  _globals['_CONNECTRESPONSE']._serialized_end=1851
-  _globals['_LOCATEREQUEST']._serialized_start=1853
-  _globals['_LOCATEREQUEST']._serialized_end=1926
-  _globals['_LOCATERESPONSE']._serialized_start=1928
-  _globals['_LOCATERESPONSE']._serialized_end=1967
-  _globals['_PULLREQUEST']._serialized_start=1969
-  _globals['_PULLREQUEST']._serialized_end=2040
-  _globals['_PULLCHUNK']._serialized_start=2042
-  _globals['_PULLCHUNK']._serialized_end=2111
-  _globals['_RENEWREQUEST']._serialized_start=2113
-  _globals['_RENEWREQUEST']._serialized_end=2165
-  _globals['_RENEWRESPONSE']._serialized_start=2167
-  _globals['_RENEWRESPONSE']._serialized_end=2201
-  _globals['_RELEASEREQUEST']._serialized_start=2203
-  _globals['_RELEASEREQUEST']._serialized_end=2256
-  _globals['_RELEASERESPONSE']._serialized_start=2258
-  _globals['_RELEASERESPONSE']._serialized_end=2290
-  _globals['_WORKER']._serialized_start=2293
-  _globals['_WORKER']._serialized_end=2494
-  _globals['_KVTRANSFER']._serialized_start=2497
-  _globals['_KVTRANSFER']._serialized_end=2820
+  _globals['_KVLAYOUT']._serialized_end=1464
+  _globals['_CONNECTREQUEST']._serialized_start=1466
+  _globals['_CONNECTREQUEST']._serialized_end=1576
+  _globals['_SHAREDSEGMENT']._serialized_start=1578
+  _globals['_SHAREDSEGMENT']._serialized_end=1652
+  _globals['_CONNECTRESPONSE']._serialized_start=1655
+  _globals['_CONNECTRESPONSE']._serialized_end=1959
+  _globals['_NIXLREGION']._serialized_start=1961
+  _globals['_NIXLREGION']._serialized_end=2008
+  _globals['_CUDASEGMENT']._serialized_start=2010
+  _globals['_CUDASEGMENT']._serialized_end=2095
+  _globals['_LOCATEREQUEST']._serialized_start=2097
+  _globals['_LOCATEREQUEST']._serialized_end=2170
+  _globals['_LOCATERESPONSE']._serialized_start=2172
+  _globals['_LOCATERESPONSE']._serialized_end=2211
+  _globals['_PULLREQUEST']._serialized_start=2213
+  _globals['_PULLREQUEST']._serialized_end=2284
+  _globals['_PULLCHUNK']._serialized_start=2286
+  _globals['_PULLCHUNK']._serialized_end=2355
+  _globals['_RENEWREQUEST']._serialized_start=2357
+  _globals['_RENEWREQUEST']._serialized_end=2409
+  _globals['_RENEWRESPONSE']._serialized_start=2411
+  _globals['_RENEWRESPONSE']._serialized_end=2445
+  _globals['_RELEASEREQUEST']._serialized_start=2447
+  _globals['_RELEASEREQUEST']._serialized_end=2500
+  _globals['_RELEASERESPONSE']._serialized_start=2502
+  _globals['_RELEASERESPONSE']._serialized_end=2534
+  _globals['_WORKER']._serialized_start=2537
+  _globals['_WORKER']._serialized_end=2738
+  _globals['_KVTRANSFER']._serialized_start=2741
+  _globals['_KVTRANSFER']._serialized_end=3064
 # @@protoc_insertion_point(module_scope)

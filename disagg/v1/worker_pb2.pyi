@@ -366,6 +366,7 @@ class KVLayout(_message.Message):
     NUM_KV_HEADS_FIELD_NUMBER: _builtins.int
     HEAD_DIM_FIELD_NUMBER: _builtins.int
     TP_SIZE_FIELD_NUMBER: _builtins.int
+    VERSION_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     dtype: _builtins.str
     block_size: _builtins.int
@@ -373,6 +374,8 @@ class KVLayout(_message.Message):
     num_kv_heads: _builtins.int
     head_dim: _builtins.int
     tp_size: _builtins.int
+    version: _builtins.int
+    """How a block's bytes are arranged, see disagg/transfer/wire.py."""
     def __init__(
         self,
         *,
@@ -383,10 +386,11 @@ class KVLayout(_message.Message):
         num_kv_heads: _builtins.int = ...,
         head_dim: _builtins.int = ...,
         tp_size: _builtins.int = ...,
+        version: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_size", b"block_size", "dtype", b"dtype", "head_dim", b"head_dim", "model", b"model", "num_kv_heads", b"num_kv_heads", "num_layers", b"num_layers", "tp_size", b"tp_size"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_size", b"block_size", "dtype", b"dtype", "head_dim", b"head_dim", "model", b"model", "num_kv_heads", b"num_kv_heads", "num_layers", b"num_layers", "tp_size", b"tp_size", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -462,18 +466,27 @@ class ConnectResponse(_message.Message):
     SEGMENT_FIELD_NUMBER: _builtins.int
     NUM_BLOCKS_FIELD_NUMBER: _builtins.int
     BULK_PORT_FIELD_NUMBER: _builtins.int
+    DEVICE_FIELD_NUMBER: _builtins.int
+    NIXL_FIELD_NUMBER: _builtins.int
+    CUDA_FIELD_NUMBER: _builtins.int
     worker_id: _builtins.str
     incarnation: _builtins.str
     host_id: _builtins.str
     num_blocks: _builtins.int
     bulk_port: _builtins.int
     """Where the owner serves the same blocks as a bare TCP stream, on the host of this call; 0: nowhere."""
+    device: _builtins.str
+    """Where the cache is, as torch names the device's type."""
     @_builtins.property
     def layout(self) -> Global___KVLayout: ...
     @_builtins.property
     def transports(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
     @_builtins.property
     def segment(self) -> Global___SharedSegment: ...
+    @_builtins.property
+    def nixl(self) -> Global___NixlRegion: ...
+    @_builtins.property
+    def cuda(self) -> Global___CudaSegment: ...
     def __init__(
         self,
         *,
@@ -485,14 +498,73 @@ class ConnectResponse(_message.Message):
         segment: Global___SharedSegment | None = ...,
         num_blocks: _builtins.int = ...,
         bulk_port: _builtins.int = ...,
+        device: _builtins.str = ...,
+        nixl: Global___NixlRegion | None = ...,
+        cuda: Global___CudaSegment | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["layout", b"layout", "segment", b"segment"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["cuda", b"cuda", "layout", b"layout", "nixl", b"nixl", "segment", b"segment"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["bulk_port", b"bulk_port", "host_id", b"host_id", "incarnation", b"incarnation", "layout", b"layout", "num_blocks", b"num_blocks", "segment", b"segment", "transports", b"transports", "worker_id", b"worker_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bulk_port", b"bulk_port", "cuda", b"cuda", "device", b"device", "host_id", b"host_id", "incarnation", b"incarnation", "layout", b"layout", "nixl", b"nixl", "num_blocks", b"num_blocks", "segment", b"segment", "transports", b"transports", "worker_id", b"worker_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ConnectResponse: _TypeAlias = ConnectResponse  # noqa: Y015
+
+@_typing.final
+class NixlRegion(_message.Message):
+    """A cache that is registered with a NIXL agent."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    METADATA_FIELD_NUMBER: _builtins.int
+    ADDRESS_FIELD_NUMBER: _builtins.int
+    metadata: _builtins.bytes
+    address: _builtins.int
+    def __init__(
+        self,
+        *,
+        metadata: _builtins.bytes = ...,
+        address: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "metadata", b"metadata"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___NixlRegion: _TypeAlias = NixlRegion  # noqa: Y015
+
+@_typing.final
+class CudaSegment(_message.Message):
+    """A cache in a GPU's memory, for a process on the same host."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    HANDLE_FIELD_NUMBER: _builtins.int
+    OFFSET_FIELD_NUMBER: _builtins.int
+    NUM_BYTES_FIELD_NUMBER: _builtins.int
+    DEVICE_UUID_FIELD_NUMBER: _builtins.int
+    handle: _builtins.bytes
+    """cudaIpcMemHandle_t of the allocation in which the cache is, and where in it."""
+    offset: _builtins.int
+    num_bytes: _builtins.int
+    device_uuid: _builtins.str
+    """The GPU, whatever number each process knows it by."""
+    def __init__(
+        self,
+        *,
+        handle: _builtins.bytes = ...,
+        offset: _builtins.int = ...,
+        num_bytes: _builtins.int = ...,
+        device_uuid: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["device_uuid", b"device_uuid", "handle", b"handle", "num_bytes", b"num_bytes", "offset", b"offset"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CudaSegment: _TypeAlias = CudaSegment  # noqa: Y015
 
 @_typing.final
 class LocateRequest(_message.Message):
