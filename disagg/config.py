@@ -323,10 +323,14 @@ def parse_config(data: dict[str, Any]) -> ClusterConfig:
 
 def _refuse_unavailable(config: ClusterConfig) -> None:
     """Raise ConfigError for settings that have a name but nothing behind it yet; none is ignored."""
-    if config.transfer.kv_transport in ("nccl", "nixl"):
+    transport = config.transfer.kv_transport
+    if transport == "nixl":
         raise ConfigError(
-            f"kv_transport: {config.transfer.kv_transport} is not available in this version; use shm or grpc",
-            param="kv_transport",
+            "kv_transport: nixl is not available in this version; use shm, grpc or nccl", param="kv_transport"
+        )
+    if transport in ("nccl", "nixl") and config.tls is not None:
+        raise ConfigError(
+            f"kv_transport: {transport} would send KV unencrypted beside tls; use grpc", param="kv_transport"
         )
     if any(config.pool(role).tensor_parallel_size != 1 for role in Role):
         raise ConfigError(

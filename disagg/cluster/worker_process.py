@@ -30,6 +30,7 @@ from disagg.tls import load_tls
 from disagg.transfer.client import KVTransferClient
 from disagg.transfer.segment import SharedSegment
 from disagg.transfer.server import KVTransferService
+from disagg.transfer.transports import ExtraTransports
 from disagg.types import Role, WorkerInfo
 from disagg.v1 import worker_pb2_grpc
 
@@ -153,6 +154,15 @@ class WorkerProcess:
             on_released=lambda request_id: worker.on_lease_ended(request_id),
             tls=self._tls,
         )
+        self._transports = ExtraTransports(
+            self._publisher,
+            segment.rows,
+            own=(spec.worker_id, self.incarnation),
+            secret=spec.secret,
+            host=spec.host,
+            wanted=transfer.kv_transport,
+            timeout_s=transfer.pull_timeout_s,
+        )
         self._puller = KVTransferClient(
             runner.layout,
             segment,
@@ -164,8 +174,10 @@ class WorkerProcess:
             pull_timeout_s=transfer.pull_timeout_s,
             resolve=self._membership.resolve,
             tls=self._tls,
+            openers=self._transports.openers,
         )
         self._membership.on_change(self._puller.retain)
+        self._membership.on_change(self._transports.retain)
         worker = Worker(
             self.info,
             engine,
@@ -178,6 +190,7 @@ class WorkerProcess:
         )
         worker_pb2_grpc.add_WorkerServicer_to_server(worker, self._server)
         worker_pb2_grpc.add_KVTransferServicer_to_server(self._publisher, self._server)
+        self._transports.serve(self._server)
         return worker
 
     async def wait(self) -> None:
@@ -198,6 +211,7 @@ class WorkerProcess:
         await self._server.stop(STOP_GRACE_S)
         await self.worker.stop()
         await self._puller.close()
+        await self._transports.close()
         await self._publisher.close()
         self._segment.close()
         self._cores.close()

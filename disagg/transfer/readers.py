@@ -79,7 +79,7 @@ class SharedMemoryReader:
             raise KVLostError("the peer located other blocks than the handle covers")
         stop = threading.Event()
         copying = asyncio.get_running_loop().run_in_executor(
-            self._executor, _copy_rows, source, rows, target, list(target_rows), stop
+            self._executor, copy_rows, source, rows, target, list(target_rows), stop
         )
         await to_its_end(copying, stop.set)
 
@@ -87,7 +87,7 @@ class SharedMemoryReader:
         """Nothing: copies that run end by themselves, and the mapping goes with its last user."""
 
 
-def _copy_rows(
+def copy_rows(
     source: Blocks,
     source_rows: Sequence[int],
     target: Blocks,

@@ -15,7 +15,7 @@ import numpy as np
 
 from disagg.errors import DisaggError, KVLostError, LayoutMismatchError
 from disagg.tls import ClusterTLS
-from disagg.transfer.bulk_server import BulkServer
+from disagg.transfer.bulk_server import BulkServer, Claim
 from disagg.transfer.leases import LeaseTable
 from disagg.transfer.segment import SharedSegment, host_id
 from disagg.transfer.wire import (
@@ -91,6 +91,11 @@ class KVTransferService(worker_pb2_grpc.KVTransferServicer):
         be bound.
         """
         self._bulk_port = await self._bulk.start(host)
+
+    @property
+    def claim(self) -> Claim:
+        """Which rows of the segment a peer's request may read."""
+        return self._claimed_rows
 
     def offer(
         self,

@@ -157,8 +157,8 @@ async def test_tiny_pools_preempt_and_still_agree(text_tokens: list[int]) -> Non
     assert [a.token_ids for a in answers] == [a.token_ids for a in expected]
 
 
-@pytest.mark.parametrize("transport", ["shm", "grpc"])
-async def test_every_transport_is_exact(transport: str, text_tokens: list[int]) -> None:
+@pytest.mark.parametrize(("transport", "used"), [("shm", "shm"), ("grpc", "grpc"), ("nccl", "gloo")])
+async def test_every_transport_is_exact(transport: str, used: str, text_tokens: list[int]) -> None:
     prompts = [text_tokens[:length] for length in (1, 17, 64, 200, 500)]
     async with running_cluster({"transfer": {"kv_transport": transport}}) as cluster:
         answers = [await ask(cluster, prompt, max_tokens=8) for prompt in prompts]
@@ -166,4 +166,4 @@ async def test_every_transport_is_exact(transport: str, text_tokens: list[int]) 
     async with running_cluster(prefill=0, decode=0, mixed=1) as colocated:
         expected = [await ask(colocated, prompt, max_tokens=8) for prompt in prompts]
     assert [a.token_ids for a in answers] == [a.token_ids for a in expected]
-    assert f'transport="{transport}"' in exposition.decode()
+    assert f'transport="{used}"' in exposition.decode()

@@ -22,6 +22,9 @@ def test_defaults_are_one_worker_each() -> None:
     assert config.frontend.host == "127.0.0.1"
 
 
+TLS = {"certificate": "c.pem", "key": "k.pem", "ca": "ca.pem"}
+
+
 @pytest.mark.parametrize(
     ("data", "param"),
     [
@@ -37,7 +40,8 @@ def test_defaults_are_one_worker_each() -> None:
         ({"prefill": {"resources": {"GPU": 1}}}, "prefill.resources"),
         ({"router": {"resources": {"slot": 0}}}, "router.resources"),
         ({"transfer": {"kv_transport": "pigeon"}}, "transfer.kv_transport"),
-        ({"transfer": {"kv_transport": "nccl"}}, "kv_transport"),
+        ({"transfer": {"kv_transport": "nixl"}}, "kv_transport"),
+        ({"transfer": {"kv_transport": "nccl"}, "tls": TLS}, "kv_transport"),
         ({"model": {"quantization": "int3"}}, "model.quantization"),
         ({"decode": {"tensor_parallel_size": 2}}, "tensor_parallel_size"),
     ],

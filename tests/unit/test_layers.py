@@ -27,7 +27,7 @@ LEAVES = LAYERS[0]
 # Who may import these third-party packages.
 CONFINED = {
     "ray": {"cluster", "frontend", "cli"},
-    "torch": {"model", "cluster", "tinymodel", "cli"},
+    "torch": {"model", "transfer", "cluster", "tinymodel", "cli"},
     "starlette": {"frontend"},
     "transformers": {"tinymodel"},
 }

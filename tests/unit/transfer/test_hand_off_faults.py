@@ -591,7 +591,7 @@ async def test_a_cancelled_shared_copy_has_stopped_when_the_cancellation_is_seen
 def is_copying(thread: threading.Thread) -> bool:
     frame = sys._current_frames().get(thread.ident or 0)
     while frame is not None:
-        if frame.f_code.co_name == "_copy_rows":
+        if frame.f_code.co_name == "copy_rows":
             return True
         frame = frame.f_back
     return False
