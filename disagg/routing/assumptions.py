@@ -9,36 +9,36 @@ reports again dies, and all its entries with it. No clock is needed.
 
 from __future__ import annotations
 
+from disagg.routing.chains import ChainNode
 from disagg.routing.charges import NOWHERE, Charge
 from disagg.routing.prefix_index import PrefixIndex
-
-Hashes = tuple[int, ...]
 
 
 class _Ending:
     __slots__ = ("due", "recent")
 
     def __init__(self) -> None:
-        self.recent: list[Hashes] = []
-        self.due: list[Hashes] = []
+        self.recent: list[ChainNode] = []
+        self.due: list[ChainNode] = []
 
 
 class Assumptions:
-    """Adds to a PrefixIndex and takes back, following the story of each charge."""
+    """Expects blocks of a PrefixIndex and takes that back, following the story of each charge."""
 
     def __init__(self, index: PrefixIndex) -> None:
         self._index = index
         self._ending: dict[int, _Ending] = {}
-        # Request id -> slots on which its blocks are assumed.
-        self._active: dict[str, list[int]] = {}
+        # Request id -> its chain, and the slots on which it is still expected.
+        self._active: dict[str, tuple[ChainNode, tuple[int, ...]]] = {}
 
     def placed(self, charge: Charge) -> None:
         if not charge.hashes:
             return
-        slots = {charge.prefill_slot, charge.decode_slot}
-        active = [slot for slot in slots if self._index.assume(slot, charge.hashes)]
-        if active:
-            self._active[charge.request_id] = active
+        prefill, decode = charge.prefill_slot, charge.decode_slot
+        slots = (prefill,) if prefill == decode else (prefill, decode)
+        chain = self._index.expect(charge.hashes, slots)
+        if chain is not None:
+            self._active[charge.request_id] = chain, slots
 
     def prefilled(self, charge: Charge) -> None:
         self._release(charge, keep=charge.decode_slot)
@@ -50,28 +50,37 @@ class Assumptions:
         active = self._active.pop(charge.request_id, None)
         if active is None:
             return
-        for slot in active:
+        chain, slots = active
+        for slot in slots:
             if slot != keep:
-                self._ending.setdefault(slot, _Ending()).recent.append(charge.hashes)
-        if keep in active:
-            self._active[charge.request_id] = [keep]
+                ending = self._ending.get(slot)
+                if ending is None:
+                    ending = self._ending[slot] = _Ending()
+                ending.recent.append(chain)
+        if keep in slots:
+            self._active[charge.request_id] = chain, (keep,)
 
     def reported(self, slot: int) -> None:
         """A report came; take back what has had its time."""
         ending = self._ending.get(slot)
         if ending is None:
             return
-        for hashes in ending.due:
-            self._index.retract(slot, hashes)
+        for chain in ending.due:
+            self._index.unexpect(chain, slot)
         ending.due, ending.recent = ending.recent, []
         if not ending.due:
             del self._ending[slot]
 
     def worker_left(self, slot: int) -> None:
-        """The index forgot the slot; it may go to another worker, on which nothing is assumed yet."""
-        self._ending.pop(slot, None)
-        for request_id, slots in list(self._active.items()):
+        """Expect nothing of a worker that is gone: its slot may go to another one."""
+        ending = self._ending.pop(slot, None)
+        for chain in [*ending.due, *ending.recent] if ending is not None else ():
+            self._index.unexpect(chain, slot)
+        for request_id, (chain, slots) in list(self._active.items()):
             if slot in slots:
-                slots.remove(slot)
-                if not slots:
+                self._index.unexpect(chain, slot)
+                left = tuple(other for other in slots if other != slot)
+                if left:
+                    self._active[request_id] = chain, left
+                else:
                     del self._active[request_id]

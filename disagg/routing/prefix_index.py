@@ -1,67 +1,88 @@
 """PrefixIndex: which workers hold which KV blocks, as far as they told, and as far as is safe to expect.
 
-    short block hash ──► bit mask over worker slots          (one dict: a match costs its own length)
-    worker slot      ──► its hashes, its last event number   (so that a leaving worker costs its own blocks)
+    short block hash ──► holders        (dicts: a look-up costs the length of what it finds)
 
 Hashes are chained, so a worker that holds block i of a sequence and all before it holds that prefix. The
 index may be wrong in both directions; that costs time and never correctness, since a worker looks up its
 own cache by full hashes.
 
-Optimistic entries: blocks of a request that was just placed are *assumed* to appear on its workers, so that
-a burst with one shared prefix stays together instead of being prefilled everywhere. They are counted, since
-several requests may assume the same block, and whoever made an assumption retracts it (see routing.charges
-for when). What a worker itself reported is kept apart and outlives the assumption.
+Holders are a tuple of *tags*, shared by all blocks that were stored together. A tag is one worker's reports
+since its last snapshot. Whoever leaves, or sends another snapshot, gets a new one, and what carries the old
+is ignored at once and swept away bit by bit: so no list of each worker's blocks need be kept.
+
+Blocks of a request that was just placed are *expected* on its workers (ChainTree), so that a burst with one
+shared prefix stays together instead of being prefilled everywhere. Whoever expects them takes that back
+(see routing.assumptions for when); what a worker itself reported outlives it.
 """
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 
 import numpy as np
 import numpy.typing as npt
 
+from disagg.routing.chains import ChainNode, ChainTree
 from disagg.routing.types import BlockEvents
 
-# Bits of a mask are read one by one up to here; beyond, unpacking the whole mask is faster.
-_FEW_BITS = 8
-# Share of the entries that is given up at once when the index is full, so that being full costs little.
-_EVICTED_SHARE = 64
+Slots = npt.NDArray[np.int64]
+Holders = tuple[int, ...] | npt.NDArray[np.int64]
+
+# So many dicts instead of one, so that none ever takes long to grow, and sweeping goes in small steps.
+_SHARDS = 1024
+_SHARD = _SHARDS - 1
+# Holders beyond so many are an array.
+_MANY = 16
+# Blocks stored between two looks at the bound.
+_PIECE = 4096
+_NOBODY = -1
 
 
-class _Holder:
-    """One worker's entries. expected: number of its next events; None until a snapshot came."""
+class _Source:
+    """One worker's reports. expected: number of its next events; None until a snapshot came."""
 
-    __slots__ = ("assumed", "expected", "stored")
+    __slots__ = ("alone", "count", "expected", "tag")
 
-    def __init__(self) -> None:
-        self.stored: set[int] = set()
-        self.assumed: dict[int, int] = {}
+    def __init__(self, tag: int) -> None:
+        self.tag = tag
+        self.alone: Holders = (tag,)
+        self.count = 0
         self.expected: int | None = None
 
 
 class PrefixIndex:
     """Maps short block hashes to worker slots (small integers that ClusterView gives out).
 
-    max_entries bounds (worker, block) pairs, reported and assumed. When they are used up, arbitrary blocks
-    of the worker with the most are given up, so that one worker can't displace all others.
+    max_entries bounds (worker, block) pairs, reported and expected. When they are used up, blocks of workers
+    that have more than the average are given up, so that one worker can't displace all others.
     """
 
     def __init__(self, max_entries: int = 4_000_000) -> None:
         if max_entries < 1:
             raise ValueError("max_entries must be at least 1")
         self._max_entries = max_entries
-        self._masks: dict[int, int] = {}
-        self._holders: dict[int, _Holder] = {}
-        self._num_entries = 0
+        self._shards: list[dict[int, Holders]] = [{} for _ in range(_SHARDS)]
+        self._sources: dict[int, _Source] = {}
+        self._chains = ChainTree()
+        # Of each tag: its worker's slot, or _NOBODY. Tags come again only when nothing carries them any more.
+        self._slot_of: Slots = np.full(8, _NOBODY, dtype=np.int64)
+        self._num_tags = 0
+        self._free_tags: list[int] = []
+        # Tags that nobody has any more -> shards that may still carry them.
+        self._dead: dict[int, int] = {}
+        # Pairs in the shards, those of dead tags and of live ones.
+        self._num_dead = self._num_live = 0
+        self._hand = 0
 
     def __len__(self) -> int:
-        """Return the number of (worker, block) pairs; a block both reported and assumed counts twice."""
-        return self._num_entries
+        """Return the number of (worker, block) pairs; a block both reported and expected counts twice."""
+        return self._num_live + self._chains.num_expected
 
     @property
     def num_blocks(self) -> int:
-        """Number of different blocks held by anyone."""
-        return len(self._masks)
+        """Number of different blocks that were reported."""
+        return sum(map(len, self._shards))
 
     # -- what workers report -------------------------------------------------------------------------
 
@@ -70,190 +91,361 @@ class PrefixIndex:
 
         After a gap the worker's entries stay as they are, which is the better guess, until the snapshot.
         """
-        holder = self._holder(slot)
+        source = self._source(slot)
         if events.snapshot:
             self.snapshot(slot, events.stored)
-            holder.expected = events.sequence + 1
+            self._source(slot).expected = events.sequence + 1
             return True
-        if holder.expected is None or events.sequence > holder.expected:
-            holder.expected = None
+        if source.expected is None or events.sequence > source.expected:
+            source.expected = None
             return False
-        if events.sequence < holder.expected:
+        if events.sequence < source.expected:
             return True  # known already
         self.remove(slot, events.removed)
         self.store(slot, events.stored)
-        holder.expected = events.sequence + 1
+        source.expected = events.sequence + 1
         return True
 
     def store(self, slot: int, hashes: Iterable[int]) -> None:
         """Note that a worker holds these blocks."""
-        holder, bit = self._holder(slot), 1 << slot
-        masks, stored = self._masks, holder.stored
+        self._sweep()
+        source, items = self._source(slot), list(hashes)
+        piece = min(_PIECE, max(1, self._max_entries // 64))
+        for start in range(0, len(items), piece):
+            some = items[start : start + piece]
+            self._make_room(len(some))
+            self._store(source, some)
+
+    def _store(self, source: _Source, hashes: list[int]) -> None:
+        shards, alone, added = self._shards, source.alone, 0
+        # Blocks of one sequence have the same holders, more often than not.
+        known: Holders | None = None
+        extended: Holders = alone
         for item in hashes:
-            if item in stored:
+            shard = shards[item & _SHARD]
+            holders = shard.get(item)
+            if holders is None:
+                shard[item] = alone
+                added += 1
                 continue
-            if self._num_entries >= self._max_entries:
-                self._evict()
-            stored.add(item)
-            self._num_entries += 1
-            masks[item] = masks.get(item, 0) | bit
+            if holders is not known:
+                known, extended = holders, _with(holders, source.tag)
+            if extended is not holders:
+                shard[item] = extended
+                added += 1
+        source.count += added
+        self._num_live += added
 
     def remove(self, slot: int, hashes: Iterable[int]) -> None:
         """Note that a worker holds these blocks no more; unknown ones are ignored."""
-        holder = self._holders.get(slot)
-        if holder is None:
+        source = self._sources.get(slot)
+        if source is None:
             return
+        shards, alone, taken = self._shards, source.alone, 0
+        known: Holders | None = None
+        reduced: Holders | None = None
         for item in hashes:
-            if item in holder.stored:
-                holder.stored.discard(item)
-                self._num_entries -= 1
-                if item not in holder.assumed:
-                    self._clear(item, slot)
+            shard = shards[item & _SHARD]
+            holders = shard.get(item)
+            if holders is None:
+                continue
+            if holders is alone:
+                del shard[item]
+                taken += 1
+                continue
+            if holders is not known:
+                known, reduced = holders, _without(holders, source.tag)
+            if reduced is not holders:
+                taken += 1
+                if reduced is None:
+                    del shard[item]
+                else:
+                    shard[item] = reduced
+        source.count -= taken
+        self._num_live -= taken
 
     def snapshot(self, slot: int, hashes: Iterable[int]) -> None:
-        """Replace everything that a worker reported before. Assumptions stay."""
-        current = set(hashes)
-        stored = self._holder(slot).stored
-        self.remove(slot, [item for item in stored if item not in current])
-        self.store(slot, current)
+        """Replace everything that a worker reported before. What is expected stays."""
+        self._retire(slot)
+        self.store(slot, hashes)
 
     def forget(self, slot: int) -> None:
-        """Drop all entries of a worker, assumed ones included; its next events need a snapshot first."""
-        holder = self._holders.pop(slot, None)
-        if holder is None:
-            return
-        for item in holder.stored:
-            self._clear(item, slot)
-        for item in holder.assumed:
-            if item not in holder.stored:
-                self._clear(item, slot)
-        self._num_entries -= len(holder.stored) + len(holder.assumed)
+        """Drop all that a worker reported; its next events need a snapshot first."""
+        self._retire(slot)
 
     # -- what is expected ----------------------------------------------------------------------------
 
-    def assume(self, slot: int, hashes: Sequence[int]) -> bool:
-        """Expect these blocks on a worker until `retract` is called with the same ones.
+    def expect(self, hashes: Sequence[int], slots: Sequence[int]) -> ChainNode | None:
+        """Expect a chain of blocks on workers until each is taken back by `unexpect`.
 
-        Returns False, and assumes nothing, where the index has no room: guesses never displace reports.
+        Returns what to name it by; None, and expects nothing, where there is nothing to or no room for it:
+        guesses never displace reports.
         """
-        if self._num_entries + len(hashes) > self._max_entries:
-            return False
-        holder, bit = self._holder(slot), 1 << slot
-        masks, assumed = self._masks, holder.assumed
-        before = len(assumed)
-        for item in hashes:
-            count = assumed.get(item, 0)
-            assumed[item] = count + 1
-            if not count:
-                masks[item] = masks.get(item, 0) | bit
-        self._num_entries += len(assumed) - before
-        return True
+        if len(self) + len(hashes) * len(slots) > self._max_entries:
+            return None
+        return self._chains.add(hashes, slots)
 
-    def retract(self, slot: int, hashes: Sequence[int]) -> None:
-        """End one assumption of each of these blocks; unknown ones are ignored."""
-        holder = self._holders.get(slot)
-        if holder is None:
-            return
-        assumed = holder.assumed
-        for item in hashes:
-            count = assumed.get(item, 0)
-            if count > 1:
-                assumed[item] = count - 1
-            elif count == 1:
-                del assumed[item]
-                self._num_entries -= 1
-                if item not in holder.stored:
-                    self._clear(item, slot)
+    def unexpect(self, chain: ChainNode, slot: int) -> None:
+        """Take one expectation back on one of its workers."""
+        self._chains.drop(chain, slot)
 
     # -- look-up -------------------------------------------------------------------------------------
 
     def match(self, hashes: Sequence[int]) -> dict[int, int]:
         """Return {slot: number of leading blocks held}, without workers that hold not even the first."""
-        depths: dict[int, int] = {}
-        for depth, mask in self._segments(hashes):
-            for slot in _bits(mask):
-                depths[slot] = depth
-        return depths
+        found = self.held(hashes)
+        return {} if found is None else dict(zip(found[0].tolist(), found[1].tolist(), strict=True))
 
-    def depths(self, hashes: Sequence[int], num_slots: int) -> npt.NDArray[np.int64] | None:
-        """Return match() as an array over slots, shape [num_slots]; None where nobody holds anything."""
-        segments = self._segments(hashes)
-        if not segments:
+    def held(self, hashes: Sequence[int]) -> tuple[Slots, Slots] | None:
+        """Return match() as (slots, depths), arrays of equal length; None where nobody holds anything."""
+        intervals = self._intervals(hashes)
+        if not intervals:
             return None
-        depths = np.zeros(num_slots, dtype=np.int64)
-        for depth, mask in segments:
-            if mask.bit_count() <= _FEW_BITS:
-                for slot in _bits(mask):
-                    depths[slot] = depth
+        depths = self._few(intervals)
+        if depths is None:
+            return self._many(intervals)
+        if not depths:
+            return None
+        count = len(depths)
+        return (
+            np.fromiter(depths, dtype=np.int64, count=count),
+            np.fromiter(depths.values(), dtype=np.int64, count=count),
+        )
+
+    def depths(self, hashes: Sequence[int], num_slots: int) -> Slots | None:
+        """Return match() as an array over slots, shape [num_slots]; None where nobody holds anything."""
+        found = self.held(hashes)
+        if found is None:
+            return None
+        dense = np.zeros(num_slots, dtype=np.int64)
+        dense[found[0]] = found[1]
+        return dense
+
+    def _intervals(self, hashes: Sequence[int]) -> list[tuple[int, Holders, dict[int, int]]]:
+        """Return [(depth, tags, expected)]: who has the blocks up to each depth, from the one before on."""
+        path = self._chains.path(hashes)
+        expected = path[-1][0] if path else 0
+        shards, runs, depth = self._shards, [], 0
+        last: Holders = ()
+        for item in hashes:
+            holders = shards[item & _SHARD].get(item, ())
+            if holders is not last:
+                if depth:
+                    runs.append((depth, last))
+                last = holders
+            if not len(holders) and depth >= expected:
+                break
+            depth += 1
+        if depth and (not runs or runs[-1][0] != depth):
+            runs.append((depth, last))
+        if not path:
+            return [(end, holders, {}) for end, holders in runs]
+        return _merged(runs, path)
+
+    def _few(self, intervals: list[tuple[int, Holders, dict[int, int]]]) -> dict[int, int] | None:
+        """Return {slot: depth}; None where these are too many to be counted one by one."""
+        first, tags, expected = intervals[0]
+        if len(tags) + len(expected) > _MANY:
+            return None
+        slot_of = self._slot_of
+        depths = dict.fromkeys(expected, first)
+        for tag in tags:
+            slot = int(slot_of[tag])
+            if slot >= 0:
+                depths[slot] = first
+        start = first
+        for end, tags, expected in intervals[1:]:
+            going = False
+            if len(tags) <= _MANY:
+                present = [int(slot_of[tag]) for tag in tags]
             else:
-                raw = np.frombuffer(mask.to_bytes((num_slots + 7) // 8, "little"), dtype=np.uint8)
-                held = np.unpackbits(raw, count=num_slots, bitorder="little").view(np.bool_)
-                depths[held] = depth
+                present = slot_of[np.asarray(tags)].tolist()
+            for slot, depth in depths.items():
+                if depth == start and (slot in expected or slot in present):
+                    depths[slot] = end
+                    going = True
+            if not going:
+                break
+            start = end
         return depths
 
-    def _segments(self, hashes: Sequence[int]) -> list[tuple[int, int]]:
-        """Return (depth, mask of the workers whose longest prefix has that many blocks)."""
-        segments: list[tuple[int, int]] = []
-        masks = self._masks
-        alive, depth = -1, 0
-        for item in hashes:
-            holding = alive & masks.get(item, 0)
-            if holding != alive:
-                if depth:
-                    segments.append((depth, alive & ~holding))
-                alive = holding
-                if not alive:
-                    return segments
-            depth += 1
-        if depth:
-            segments.append((depth, alive))
-        return segments
+    def _many(self, intervals: list[tuple[int, Holders, dict[int, int]]]) -> tuple[Slots, Slots] | None:
+        slots = [self._slots(tags, expected) for _, tags, expected in intervals]
+        dense = np.zeros(int(max(item.max(initial=0) for item in slots)) + 1, dtype=np.int64)
+        start = 0
+        for (end, _, _), holding in zip(intervals, slots, strict=True):
+            going = holding[dense[holding] == start]
+            if not len(going):
+                break
+            dense[going] = end
+            start = end
+        found = np.flatnonzero(dense)
+        return (found, dense[found]) if len(found) else None
+
+    def _slots(self, tags: Holders, expected: dict[int, int]) -> Slots:
+        slots: Slots = self._slot_of[np.asarray(tags, dtype=np.int64)]
+        slots = slots[slots >= 0]
+        if not expected:
+            return slots
+        return np.concatenate([slots, np.fromiter(expected, dtype=np.int64, count=len(expected))])
 
     # -- inside --------------------------------------------------------------------------------------
 
-    def _holder(self, slot: int) -> _Holder:
-        holder = self._holders.get(slot)
-        if holder is None:
-            holder = self._holders[slot] = _Holder()
-        return holder
+    def _source(self, slot: int) -> _Source:
+        source = self._sources.get(slot)
+        if source is None:
+            source = self._sources[slot] = _Source(self._new_tag(slot))
+        return source
 
-    def _clear(self, item: int, slot: int) -> None:
-        left = self._masks.get(item, 0) & ~(1 << slot)
-        if left:
-            self._masks[item] = left
+    def _new_tag(self, slot: int) -> int:
+        if self._free_tags:
+            tag = self._free_tags.pop()
         else:
-            self._masks.pop(item, None)
+            tag = self._num_tags
+            self._num_tags += 1
+            if tag >= len(self._slot_of):
+                more = np.full(len(self._slot_of), _NOBODY, dtype=np.int64)
+                self._slot_of = np.concatenate([self._slot_of, more])
+        self._slot_of[tag] = slot
+        return tag
 
-    def _evict(self) -> None:
-        slot, holder = max(self._holders.items(), key=lambda pair: len(pair[1].stored))
-        if not holder.stored:
-            # Everything is assumed: then assumptions of the fullest worker go.
-            slot, holder = max(self._holders.items(), key=lambda pair: len(pair[1].assumed))
-        victims = holder.stored or holder.assumed
-        count = max(1, len(victims) // _EVICTED_SHARE)
-        chosen = [item for item, _ in zip(victims, range(count), strict=False)]
-        if holder.stored:
-            self.remove(slot, chosen)
+    def _retire(self, slot: int) -> None:
+        """Let nobody have a worker's tag any more."""
+        source = self._sources.pop(slot, None)
+        if source is None:
             return
-        for item in chosen:
-            del holder.assumed[item]
-            self._num_entries -= 1
-            self._clear(item, slot)
+        self._slot_of[source.tag] = _NOBODY
+        self._num_live -= source.count
+        self._num_dead += source.count
+        if source.count:
+            self._dead[source.tag] = _SHARDS
+        else:
+            self._free_tags.append(source.tag)
+
+    def _sweep(self) -> None:
+        """Take dead tags out of one more shard."""
+        if not self._dead:
+            return
+        shard = self._shards[self._next_shard()]
+        self._num_dead -= _strip(shard, self._dead.keys())
+        for tag, left in list(self._dead.items()):
+            if left > 1:
+                self._dead[tag] = left - 1
+            else:
+                del self._dead[tag]
+                self._free_tags.append(tag)
+
+    def _next_shard(self) -> int:
+        self._hand = (self._hand + 1) & _SHARD
+        return self._hand
+
+    def _make_room(self, count: int) -> None:
+        """Give up blocks until `count` more fit, or nothing is left to give up."""
+        tries = 0
+        while len(self) + self._num_dead + count > self._max_entries and tries < 2 * _SHARDS:
+            tries += 1
+            if self._dead:
+                self._sweep()
+                continue
+            sources = [source for source in self._sources.values() if source.count]
+            if not sources:
+                return
+            average = self._num_live / len(sources)
+            rich = {source.tag: source for source in sources if source.count >= average}
+            taken: dict[int, int] = {}
+            # As many shards in one go as hold what is wanted, if half of the blocks belong to the rich.
+            for _ in range(max(1, 2 * count * _SHARDS // max(1, self._num_live))):
+                _strip(self._shards[self._next_shard()], rich.keys(), taken)
+            for tag, lost in taken.items():
+                rich[tag].count -= lost
+                self._num_live -= lost
 
     def check_integrity(self) -> None:
-        """Raise AssertionError where masks and holders disagree; for tests and idle moments."""
-        expected: dict[int, int] = {}
-        total = 0
-        for slot, holder in self._holders.items():
-            total += len(holder.stored) + len(holder.assumed)
-            for item in holder.stored | holder.assumed.keys():
-                expected[item] = expected.get(item, 0) | 1 << slot
-        if expected != self._masks or total != self._num_entries:
-            raise AssertionError("prefix index: masks and holders disagree")
+        """Raise AssertionError where counts and entries disagree; for tests and idle moments."""
+        counted: dict[int, int] = {}
+        for number, shard in enumerate(self._shards):
+            for item, holders in shard.items():
+                tags = [int(tag) for tag in holders]
+                if item & _SHARD != number or not tags or tags != sorted(set(tags)):
+                    raise AssertionError(f"prefix index: {item} in shard {number} is held by {tags}")
+                for tag in tags:
+                    counted[tag] = counted.get(tag, 0) + 1
+        live = {source.tag: source.count for source in self._sources.values()}
+        dead = sum(count for tag, count in counted.items() if tag not in live)
+        if any(counted.get(tag, 0) != count for tag, count in live.items()) or dead != self._num_dead:
+            raise AssertionError("prefix index: counts and entries disagree")
+        if any(tag not in live and tag not in self._dead for tag in counted):
+            raise AssertionError("prefix index: an entry of a tag that may come again")
+        if sum(live.values()) != self._num_live:
+            raise AssertionError("prefix index: the total is wrong")
 
 
-def _bits(mask: int) -> Iterable[int]:
-    while mask:
-        low = mask & -mask
-        yield low.bit_length() - 1
-        mask ^= low
+def _with(holders: Holders, tag: int) -> Holders:
+    """Return the holders and `tag`; the same object where it is among them."""
+    if isinstance(holders, tuple):
+        if tag in holders:
+            return holders
+        at = bisect_left(holders, tag)
+        more = (*holders[:at], tag, *holders[at:])
+        return more if len(more) <= _MANY else np.array(more, dtype=np.int64)
+    at = int(holders.searchsorted(tag))
+    if at < len(holders) and holders[at] == tag:
+        return holders
+    return np.concatenate([holders[:at], np.array([tag]), holders[at:]])
+
+
+def _without(holders: Holders, tag: int) -> Holders | None:
+    """Return the holders but `tag`; the same object where it is not among them, None where none are left."""
+    if isinstance(holders, tuple):
+        if tag not in holders:
+            return holders
+        return tuple(other for other in holders if other != tag) or None
+    at = int(holders.searchsorted(tag))
+    if at >= len(holders) or holders[at] != tag:
+        return holders
+    fewer = np.concatenate([holders[:at], holders[at + 1 :]])
+    return fewer if len(fewer) > _MANY else tuple(fewer.tolist())
+
+
+def _strip(shard: dict[int, Holders], tags: Iterable[int], taken: dict[int, int] | None = None) -> int:
+    """Take tags out of a shard; return how many pairs that were, and count them by tag in `taken`."""
+    wanted = set(tags)
+    changed: list[tuple[int, Holders | None]] = []
+    total = 0
+    for item, holders in shard.items():
+        if isinstance(holders, tuple) and wanted.isdisjoint(holders):
+            continue
+        kept: Holders | None = holders
+        for tag in wanted.intersection(int(tag) for tag in holders):
+            assert kept is not None
+            kept = _without(kept, tag)
+            total += 1
+            if taken is not None:
+                taken[tag] = taken.get(tag, 0) + 1
+        if kept is not holders:
+            changed.append((item, kept))
+    for item, kept in changed:
+        if kept is None:
+            del shard[item]
+        else:
+            shard[item] = kept
+    return total
+
+
+def _merged(
+    runs: list[tuple[int, Holders]], path: list[tuple[int, dict[int, int]]]
+) -> list[tuple[int, Holders, dict[int, int]]]:
+    """Cut both at each other's depths."""
+    merged: list[tuple[int, Holders, dict[int, int]]] = []
+    i = j = 0
+    while i < len(runs) or j < len(path):
+        run = runs[i] if i < len(runs) else None
+        step = path[j] if j < len(path) else None
+        ends = [item[0] for item in (run, step) if item is not None]
+        end = min(ends)
+        merged.append((end, run[1] if run else (), step[1] if step else {}))
+        if run is not None and run[0] == end:
+            i += 1
+        if step is not None and step[0] == end:
+            j += 1
+    return merged

@@ -6,21 +6,39 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from disagg.routing.chains import ChainNode
 from disagg.routing.prefix_index import PrefixIndex
 from disagg.routing.types import BlockEvents
 
 SLOTS = st.integers(0, 20)
-BLOCKS = st.lists(st.integers(0, 12), max_size=8)
+
+
+def chain(path: list[int]) -> list[int]:
+    """Hashes of a sequence of blocks: each depends on all before it, as real ones do."""
+    return [hash((17, *path[: end + 1])) % 2**64 for end in range(len(path))]
+
+
+# Few different blocks, so that sequences share beginnings and part.
+CHAINS = st.lists(st.integers(0, 1), max_size=6).map(chain)
+# What workers report may leave holes: blocks of several sequences, in any order.
+BLOCKS = st.lists(CHAINS, max_size=3).flatmap(
+    lambda chains: st.permutations(sorted({item for one in chains for item in one})).map(lambda a: a[:8])
+)
 OPERATIONS = st.lists(
-    st.tuples(st.sampled_from(["store", "remove", "snapshot", "forget", "assume", "retract"]), SLOTS, BLOCKS),
+    st.one_of(
+        st.tuples(st.sampled_from(["store", "remove", "snapshot", "forget"]), SLOTS, BLOCKS),
+        st.tuples(st.sampled_from(["expect", "unexpect"]), SLOTS, CHAINS),
+    ),
     max_size=60,
 )
 
 
 class NaiveIndex:
+    """The same in sets and lists, of one block at a time."""
+
     def __init__(self) -> None:
         self.stored: dict[int, set[int]] = {}
-        self.assumed: dict[int, list[int]] = {}
+        self.expected: dict[int, list[list[int]]] = {}
 
     def store(self, slot: int, hashes: list[int]) -> None:
         self.stored.setdefault(slot, set()).update(hashes)
@@ -33,43 +51,80 @@ class NaiveIndex:
 
     def forget(self, slot: int) -> None:
         self.stored.pop(slot, None)
-        self.assumed.pop(slot, None)
-
-    def assume(self, slot: int, hashes: list[int]) -> None:
-        self.assumed.setdefault(slot, []).extend(hashes)
-
-    def retract(self, slot: int, hashes: list[int]) -> None:
-        for item in hashes:
-            if item in self.assumed.get(slot, []):
-                self.assumed[slot].remove(item)
 
     def match(self, hashes: list[int]) -> dict[int, int]:
         depths: dict[int, int] = {}
-        for slot in self.stored.keys() | self.assumed.keys():
-            held = self.stored.get(slot, set()) | set(self.assumed.get(slot, []))
+        for slot in self.stored.keys() | self.expected.keys():
+            held = self.stored.get(slot, set()).union(*self.expected.get(slot, []))
             depth = next((i for i, item in enumerate(hashes) if item not in held), len(hashes))
             if depth:
                 depths[slot] = depth
         return depths
 
 
-@settings(max_examples=200, deadline=None)
-@given(OPERATIONS, st.lists(BLOCKS, min_size=1, max_size=5))
+@settings(max_examples=300, deadline=None)
+@given(OPERATIONS, st.lists(CHAINS, min_size=1, max_size=5), st.sampled_from([1, 3, 16]))
 def test_index_agrees_with_a_naive_model(
-    operations: list[tuple[str, int, list[int]]], queries: list[list[int]]
+    operations: list[tuple[str, int, list[int]]], queries: list[list[int]], many: int
 ) -> None:
     index, naive = PrefixIndex(), NaiveIndex()
-    for name, slot, hashes in operations:
-        arguments = (slot,) if name == "forget" else (slot, hashes)
-        getattr(index, name)(*arguments)
-        getattr(naive, name)(*arguments)
+    named: dict[tuple[int, tuple[int, ...]], list[ChainNode]] = {}
+    with pytest.MonkeyPatch.context() as patch:
+        # Both ways of holding and of counting holders.
+        patch.setattr("disagg.routing.prefix_index._MANY", many)
+        for name, slot, hashes in operations:
+            key = slot, tuple(hashes)
+            if name == "expect":
+                node = index.expect(hashes, (slot,))
+                if node is not None:
+                    named.setdefault(key, []).append(node)
+                    naive.expected.setdefault(slot, []).append(hashes)
+            elif name == "unexpect":
+                if named.get(key):
+                    index.unexpect(named[key].pop(), slot)
+                    naive.expected[slot].remove(hashes)
+            else:
+                arguments = (slot,) if name == "forget" else (slot, hashes)
+                getattr(index, name)(*arguments)
+                getattr(naive, name)(*arguments)
+        index.check_integrity()
+        for query in queries:
+            expected = naive.match(query)
+            assert index.match(query) == expected
+            depths = index.depths(query, 24)
+            found = {} if depths is None else {s: int(d) for s, d in enumerate(depths) if d}
+            assert found == expected
+        for (slot, _), nodes in named.items():
+            for node in nodes:
+                index.unexpect(node, slot)
+        assert len(index) == sum(map(len, naive.stored.values()))
+
+
+def test_chains_that_contradict_each_other_are_not_expected() -> None:
+    index = PrefixIndex()
+    kept = index.expect([1, 2, 3], (0,))
+    assert kept is not None
+    for nonsense in ([2, 1], [3], [5, 1], [9, 9], [1, 3], []):
+        assert index.expect(nonsense, (1,)) is None
+    assert index.match([2, 3]) == index.match([3]) == {}
+    assert index.match([1, 2, 3]) == {0: 3}
+    index.unexpect(kept, 0)
+    assert len(index) == 0
+
+
+def test_who_left_is_forgotten_at_once_and_its_blocks_little_by_little() -> None:
+    index = PrefixIndex()
+    index.store(0, range(5000))
+    index.store(1, range(100))
+    index.forget(0)
+    assert index.match([0, 1]) == {1: 2}
+    assert len(index) == 100
+    index.store(0, [7000])
+    assert index.match([0, 1]) == {1: 2}, "its slot is another worker's by now"
+    for number in range(1200):
+        index.store(1, [number % 100])
     index.check_integrity()
-    for query in queries:
-        expected = naive.match(query)
-        assert index.match(query) == expected
-        depths = index.depths(query, 24)
-        found = {} if depths is None else {s: int(d) for s, d in enumerate(depths) if d}
-        assert found == expected
+    assert index.num_blocks == 101
 
 
 def test_match_is_the_longest_prefix_and_not_any_overlap() -> None:
@@ -119,7 +174,7 @@ def test_memory_is_bounded_and_the_fullest_worker_pays() -> None:
     assert len(index) <= 1000
     assert index.match(list(range(50))) == {1: 50}
     index.check_integrity()
-    assert not index.assume(2, range(2000))
+    assert index.expect(range(2000), (2,)) is None
     index.check_integrity()
 
 

@@ -274,7 +274,8 @@ class RouterHistory(RuleBasedStateMachine):
         wanted = request(
             request_id,
             tokens,
-            block_hashes=tuple(hashes),
+            # Chained, as real ones are.
+            block_hashes=tuple(hash(tuple(hashes[: end + 1])) for end in range(len(hashes))),
             excluded=tuple(excluded),
             frontend_id=frontend,
         )
