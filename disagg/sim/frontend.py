@@ -43,17 +43,18 @@ class FrontEnd:
         self.placements[placement.policy, placement.kind.value] += 1
         return placement
 
-    def prefilled(self, request_id: str) -> None:
+    def prefilled(self, request_id: str, now: float) -> None:
         if self.router is not None:
-            self.router.prefilled(request_id)
+            self.router.prefilled(request_id, now)
         if self._alone is not None:
-            self._alone.prefilled(request_id)
+            self._alone.prefilled(request_id, now)
 
-    def finished(self, request_id: str) -> None:
+    def finished(self, request_id: str, now: float, num_tokens: int) -> None:
+        """num_tokens: of the answer, 0 where it did not end by itself."""
         if self.router is not None:
-            self.router.finished(request_id)
+            self.router.finished(request_id, now, num_tokens)
         if self._alone is not None:
-            self._alone.finished(request_id)
+            self._alone.finished(request_id, now, num_tokens)
 
     # -- workers -------------------------------------------------------------------------------------
 

@@ -332,7 +332,10 @@ class Simulation:
                 temperature=0, max_tokens=request.output_tokens, ignore_eos=True, seed=0
             )
         request_id = f"{story.request_id}#{story.attempts}"
-        return Request(request_id, story.tokens, request.prompt_tokens, params)
+        due_s, wanted_ms = None, self.spec.objectives.ttft_ms
+        if wanted_ms is not None:
+            due_s = max(0.001, wanted_ms / 1000 - (self.loop.now - request.arrival_s))
+        return Request(request_id, story.tokens, request.prompt_tokens, params, slo_ttft_s=due_s)
 
     # -- what workers say (see worker.Listener) ------------------------------------------------------
 
@@ -354,7 +357,7 @@ class Simulation:
 
     def _first_token(self, story: _Story, output: StepOutput) -> None:
         records, index = self.records, story.index
-        self.frontend.prefilled(story.request_id)
+        self.frontend.prefilled(story.request_id, self.loop.now)
         if story.stalled_at is not None:
             self.gaps.add(self.loop.now - story.stalled_at, 1)
             story.stalled_at = None
@@ -372,7 +375,8 @@ class Simulation:
         self._end(story, _outcome_of(error))
 
     def _end(self, story: _Story, outcome: Outcome) -> None:
-        self.frontend.finished(story.request_id)
+        done = outcome is Outcome.DONE and not story.lost
+        self.frontend.finished(story.request_id, self.loop.now, story.request.output_tokens if done else 0)
         records = self.records
         records.end(story.index, outcome, self.loop.now)
         ended = records.num_ended

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence
 
+from disagg.config import EngineConfig
 from disagg.routing.types import StepSample, TransferSample
-from disagg.sim.costs.base import Chunk
+from disagg.sim.costs.base import Chunk, CostModel
 
 # Of each kind, between two reports; older ones give way (as in disagg.service.step_samples).
 MAX_SAMPLES = 12
+_PROFILE_BATCHES = (1, 4, 16)
 
 
 class StepSamples:
@@ -32,6 +34,16 @@ class StepSamples:
     def pull(self, seconds: float, num_tokens: int, num_others: int) -> None:
         if num_tokens > 0:
             self._transfers.append(TransferSample(seconds, num_tokens, num_others))
+
+    def profile(self, cost: CostModel, config: EngineConfig) -> None:
+        """Note what a worker measures of itself when it starts (as in disagg.service.step_samples)."""
+        budget = config.max_num_batched_tokens
+        for size in sorted({size for size in (16, budget // 4, budget // 2, budget) if size > 1}):
+            chunks = (Chunk(size, 0),)
+            self.step(cost.step_s(chunks, 0, 0), chunks, 0, 0)
+        for batch in _PROFILE_BATCHES:
+            if batch <= config.max_num_seqs:
+                self.step(cost.step_s((), batch, 16 * batch), (), batch, 16 * batch)
 
     def take(self) -> tuple[list[StepSample], list[TransferSample]]:
         """Return what came since the last call."""

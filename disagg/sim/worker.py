@@ -125,6 +125,8 @@ class SimWorker:
             eos_token_ids=(),
         )
         self._run = DecodeRun(self.engine, hashing=config.enable_prefix_caching) if self._leaps else None
+        if self._samples is not None:
+            self._samples.profile(self._cost, config)
         self._commands: list[Callable[[], None]] = []
         self._in_flight = False
         # What the step in flight computes besides the decodes of the run.
