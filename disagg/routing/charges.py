@@ -14,12 +14,15 @@ All sums are whole numbers, so that when the last charge ends its part is exactl
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import exp, inf
 
 from disagg.routing.costs import NUM_TURNS, WorkerCosts
 from disagg.routing.types import Prediction
 from disagg.types import WorkerLoad
 
 NOWHERE = -1
+# Over so many seconds, exponentially, a decode worker's streams are asked how much time prompts took of them.
+ASIDE_S = 5.0
 
 
 @dataclass(slots=True)
@@ -29,7 +32,8 @@ class Charge:
     number: counts placements up. tokens: to prefill net of cached ones. prefill_blocks, decode_blocks: KV
     blocks that it is expected to take on either side. hashes: its short block hashes. turn: its class in the
     order in which a worker takes prompts, see disagg.routing.costs. prediction: made when it was placed.
-    tenant, work_s: whose share it counts against, and by how much.
+    tenant, work_s: whose share it counts against, and by how much. tpot_s: its objective, None for none.
+    prefill_s: predicted until its first token.
     """
 
     request_id: str
@@ -48,6 +52,8 @@ class Charge:
     prediction: Prediction | None = None
     tenant: str = ""
     work_s: float = 0.0
+    tpot_s: float | None = None
+    prefill_s: float = 0.0
 
     @property
     def local(self) -> bool:
@@ -60,9 +66,13 @@ class Account:
     __slots__ = (
         "absorbed",
         "absorbed_upto",
+        "aside_at",
+        "aside_s",
         "block_size",
         "blocks",
         "blocks_here",
+        "coming",
+        "coming_s",
         "costs",
         "foreign_blocks",
         "foreign_seqs",
@@ -70,6 +80,7 @@ class Account:
         "fresh",
         "kv_total",
         "max_seqs",
+        "objectives",
         "present",
         "progress",
         "requests",
@@ -79,6 +90,9 @@ class Account:
 
     def __init__(self) -> None:
         self.requests: set[str] = set()
+        # Seconds that prompts lately took of who decodes here, as of then; and the TPOT objectives of these.
+        self.aside_s = self.aside_at = 0.0
+        self.objectives: dict[float, int] = {}
         self.max_seqs = self.block_size = self.kv_total = 1
         self.costs = WorkerCosts()
         # Tokens to prefill of charges whose turn is not later than each turn.
@@ -88,6 +102,9 @@ class Account:
         self.absorbed = self.fresh = self.foreign_tokens = 0
         self.absorbed_upto = -1
         self.progress = 1.0
+        # Of these sequences: those that are prefilled elsewhere yet, and the sum of the seconds that takes.
+        self.coming = 0
+        self.coming_s = 0.0
         # Sequences that decode here, or will. present: charges whose request should be on the worker by now.
         self.seqs = self.present = self.foreign_seqs = 0
         # blocks_here: the part of `blocks` that the worker's own count may contain already.
@@ -106,6 +123,26 @@ class Account:
     @property
     def kv_blocks(self) -> int:
         return self.foreign_blocks + self.blocks
+
+    def batch_to_come(self, life_s: float) -> tuple[float, float]:
+        """Return the sequences and blocks that somebody who comes to decode here will find.
+
+        life_s: how long one decodes. Those that wait for prefill for longer than that find who runs now gone,
+        and come no faster than they are prefilled: behind a long queue of prompts no large batch builds up.
+        """
+        coming = self.coming
+        if not coming or life_s <= 0:
+            return self.sequences, self.kv_blocks
+        wait_s = max(1e-6, self.coming_s / coming)
+        stay, come = max(0.0, 1 - wait_s / life_s), min(1.0, life_s / wait_s)
+        blocks = self.blocks - self.blocks_here
+        here, blocks_here = self.sequences - coming, self.kv_blocks - blocks
+        return max(here, here * stay + coming * come), max(blocks_here, blocks_here * stay + blocks * come)
+
+    @property
+    def tightest_s(self) -> float:
+        """The tightest TPOT objective of who decodes here; inf where nobody has one."""
+        return min(self.objectives, default=inf)
 
     # -- reports -------------------------------------------------------------------------------------
 
@@ -145,20 +182,48 @@ class Account:
     def add_decode(self, charge: Charge) -> None:
         self.requests.add(charge.request_id)
         self.seqs += 1
+        if charge.tpot_s is not None:
+            self.objectives[charge.tpot_s] = self.objectives.get(charge.tpot_s, 0) + 1
         self._add_blocks(charge.decode_blocks, here=charge.local)
+        if not charge.local:
+            self.coming += 1
+            self.coming_s += charge.prefill_s
 
     def arrive_decode(self, charge: Charge) -> None:
         """Prefill is done: the sequence is on its decode worker, or about to be."""
         self.present += 1
         if not charge.local:
             self.blocks_here += charge.decode_blocks
+            self._came(charge)
+
+    def _came(self, charge: Charge) -> None:
+        self.coming -= 1
+        # Exactly nothing when nobody is left, whatever the sum has lost in rounding.
+        self.coming_s = self.coming_s - charge.prefill_s if self.coming else 0.0
 
     def end_decode(self, charge: Charge) -> None:
         self.requests.discard(charge.request_id)
         self.seqs -= 1
+        if charge.tpot_s is not None:
+            left = self.objectives[charge.tpot_s] - 1
+            if left:
+                self.objectives[charge.tpot_s] = left
+            else:
+                del self.objectives[charge.tpot_s]
         if charge.prefilled:
             self.present -= 1
+        elif not charge.local:
+            self._came(charge)
         self._add_blocks(-charge.decode_blocks, here=charge.prefilled or charge.local)
+
+    def note_aside(self, seconds: float, now: float) -> None:
+        """A prompt that takes so long was placed beside those that decode here."""
+        self.aside_s = self.aside_s * exp(min(0.0, self.aside_at - now) / ASIDE_S) + seconds
+        self.aside_at = now
+
+    def aside_share(self, now: float) -> float:
+        """Return the share of the time that prompts lately took of who decodes here."""
+        return self.aside_s * exp(min(0.0, self.aside_at - now) / ASIDE_S) / ASIDE_S if self.aside_s else 0.0
 
     def _queue(self, turn: int, tokens: int) -> None:
         shorter = self.shorter
@@ -174,5 +239,5 @@ class Account:
         """Return every sum that charges make; all 0 when no charge is left, and none ever negative."""
         return (
             *(self.absorbed, self.fresh, self.seqs, self.present, self.blocks, self.blocks_here),
-            *(len(self.requests), *self.shorter),
+            *(self.coming, len(self.requests), len(self.objectives), *self.shorter),
         )

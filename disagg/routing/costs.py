@@ -19,6 +19,8 @@ TURN_TOKENS = (32, 64, 128, 256, 512, 1024, 2048, 8192)
 NUM_TURNS = len(TURN_TOKENS) + 3
 # While longer prompts wait, one token in so many goes to them for each that goes to shorter ones.
 DUE_PART = 1 / 3
+# Prompts take no larger share of who decodes than this, for what is predicted.
+MOST_ASIDE = 0.8
 # From this fill on a KV cache makes newcomers wait for others to end.
 FULL = 0.9
 
@@ -37,8 +39,9 @@ class WorkerCosts:
     begin_s: until a prompt that came now could begin, were the queue empty. chunk_s: what a step costs apart
     from its prompts' tokens, of which it takes `chunk`; token_s: each of them; attended_s: each token that
     one of them attends to. idle_chunk_s: of a chunk were nobody else here.
-    step_s: a decode step with one more sequence; idle_step_s: were nobody else here; sequence_s: what a
-    further sequence adds. place_s: wait of a sequence for a place in the batch and for blocks.
+    step_s: a decode step with one more sequence, lengthened by the share of the time (`aside`) that prompts
+    take lately; bare_step_s: without that; idle_step_s: were nobody else here; sequence_s: what a further
+    sequence adds. place_s: wait of a sequence for a place in the batch and for blocks.
     pull: coefficients of a pull. links: hand-offs that occupy the worker's link. fitted: whether all this is
     measured. queued, sequences: what it was worked out for.
     """
@@ -57,20 +60,29 @@ class WorkerCosts:
     attended_s: float = 0.0
     idle_chunk_s: float = 0.0
     step_s: float = 0.0
+    bare_step_s: float = 0.0
+    aside: float = 0.0
     idle_step_s: float = 0.0
     sequence_s: float = 0.0
     place_s: float = 0.0
     links: int = 0
     queued: float = 0.0
-    sequences: int = 0
+    sequences: float = 0.0
 
     def refresh(
-        self, queued: float, sequences: int, context: float, fill: float, expected_tokens: float
+        self,
+        queued: float,
+        sequences: float,
+        context: float,
+        fill: float,
+        expected_tokens: float,
+        aside: float = 0.0,
     ) -> None:
         """Work prices out anew.
 
         queued: tokens to prefill. sequences: that decode, or will. context: tokens that these attend to.
-        fill: share of the KV cache in use. expected_tokens: of an answer.
+        fill: share of the KV cache in use. expected_tokens: of an answer. aside: share of the time that
+        prompts take of who decodes.
         """
         self.idle_chunk_s, self.token_s, self.attended_s = self.prefill
         decode_base, self.sequence_s, per_context = self.decode
@@ -92,7 +104,9 @@ class WorkerCosts:
             full_s = (fill - FULL) / (1 - FULL) * 0.25 * expected_tokens * streams_s
         # Half of the step that runs is over when somebody comes.
         self.begin_s = running / 2 + full_s
-        self.step_s = streams_s + (self.sequence_s if batch == sequences else 0.0) + disturbed_s
+        self.bare_step_s = streams_s + (self.sequence_s if batch == sequences else 0.0) + disturbed_s
+        self.aside = aside
+        self.step_s = self.bare_step_s / (1 - min(aside, MOST_ASIDE))
         self.idle_step_s = decode_base + self.sequence_s
         excess = sequences + 1 - self.max_seqs
         self.place_s = full_s

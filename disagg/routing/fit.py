@@ -42,10 +42,11 @@ class Fit:
     """seconds = level * (c0 + c1 * x1 + c2 * x2). unit: typical x1 and x2, for conditioning alone.
 
     coefficients: of the last solution, the level in them. num_samples: counted up. spread: usual relative
-    residual.
+    residual. follows: whether there is a level, or somebody else keeps one.
     """
 
     __slots__ = (
+        "_follows",
         "_forgetting",
         "_info",
         "_level",
@@ -66,8 +67,10 @@ class Fit:
         coefficients: Coefficients = (0.0, 0.0, 0.0),
         prior: Fit | None = None,
         forgetting: float = FORGETTING,
+        follows: bool = True,
     ) -> None:
         self._unit = unit
+        self._follows = follows
         self._forgetting = forgetting
         # Upper triangle of the information matrix in scaled features, and its right-hand side.
         self._info = [0.0] * 6
@@ -106,7 +109,10 @@ class Fit:
             self.solve()
         if self.num_samples >= _WARM:
             scale = max(self.predict(x1, x2), _TINY_S)
-            weight = self._follow((seconds - scale) / scale)
+            residual = (seconds - scale) / scale
+            weight = _weight_of(residual, self)
+            if self._follows:
+                self._follow(residual)
         self.num_samples += 1
         self._unsolved += 1
         row = (1 / scale, x1 / (scale * self._unit[0]), x2 / (scale * self._unit[1]))
@@ -118,18 +124,11 @@ class Fit:
         for i in range(3):
             vector[i] = keep * vector[i] + weight * row[i] * target
 
-    def _follow(self, residual: float) -> float:
-        """Move level and spread by a relative residual; return the weight of its sample."""
-        most = HUBER * self.spread
-        size = abs(residual)
-        step = _SPREAD_STEP if size > self.spread else 1 / _SPREAD_STEP
-        self.spread = min(_MOST_SPREAD, max(_LEAST_SPREAD, self.spread * step))
-        moved = self._level**LEVEL_RETURN * (1 + LEVEL_RATE * max(-most, min(most, residual)))
-        moved = min(_MOST_LEVEL, max(1 / _MOST_LEVEL, moved))
+    def _follow(self, residual: float) -> None:
+        moved = moved_level(self._level, residual, self.spread)
         change = moved / self._level
         c0, c1, c2 = self.coefficients
         self._level, self.coefficients = moved, (c0 * change, c1 * change, c2 * change)
-        return 1.0 if size <= most else most / size
 
     def solve(self) -> Coefficients:
         """Return the coefficients that fit the samples so far best, and keep them."""
@@ -150,6 +149,26 @@ class Fit:
         c0, c1, c2 = self._shape = (scaled[0], scaled[1] / unit[1], scaled[2] / unit[2])
         self.coefficients = (c0 * self._level, c1 * self._level, c2 * self._level)
         return self.coefficients
+
+
+def moved_level(level: float, residual: float, spread: float) -> float:
+    """Return a level that follows a relative residual, as far as that is usual."""
+    most = HUBER * spread
+    moved: float = level**LEVEL_RETURN * (1 + LEVEL_RATE * max(-most, min(most, residual)))
+    return min(_MOST_LEVEL, max(1 / _MOST_LEVEL, moved))
+
+
+def moved_spread(spread: float, residual: float) -> float:
+    """Return what is usual of residuals, after another one."""
+    step = _SPREAD_STEP if abs(residual) > spread else 1 / _SPREAD_STEP
+    return min(_MOST_SPREAD, max(_LEAST_SPREAD, spread * step))
+
+
+def _weight_of(residual: float, fit: Fit) -> float:
+    """Return Huber's weight of a sample, and take its residual into the spread."""
+    size, most = abs(residual), HUBER * fit.spread
+    fit.spread = moved_spread(fit.spread, residual)
+    return 1.0 if size <= most else most / size
 
 
 def _non_negative(matrix: Sequence[Sequence[float]], vector: Sequence[float]) -> Coefficients:

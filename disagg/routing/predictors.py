@@ -4,15 +4,18 @@
     decode     a + b * batch  + c * cached tokens
     pull       a + b * tokens + c * (tokens x other pulls under way)
 
-One set for each worker, which starts from what its kind has shown so far. Pure: no clock, no I/O.
+Workers of one kind share the coefficients, each with a level of its own: by how much it is slower or faster
+than its kind. One worker's batches say little of what a sequence costs and what its context does, since both
+grow together; with fits of their own equal workers would be priced differently, and loaded unevenly. Pure:
+no clock, no I/O.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from disagg.routing.fit import Coefficients, Fit
+from disagg.routing.fit import Coefficients, Fit, moved_level, moved_spread
 from disagg.routing.types import StepSample, TransferSample
 from disagg.types import WorkerInfo
 
@@ -21,6 +24,11 @@ from disagg.types import WorkerInfo
 DEFAULT_PREFILL: Coefficients = (2e-3, 1e-3, 0.0)
 DEFAULT_DECODE: Coefficients = (1e-2, 1e-3, 1e-6)
 DEFAULT_PULL: Coefficients = (2e-3, 1e-4, 0.0)
+# Kinds live long and are fed by all their workers.
+_KIND_FORGETTING = 0.999
+# Above so many workers a kind learns from a part of them at a time: more would tell it nothing new.
+_ENOUGH_WORKERS = 256
+_USUAL_SPREAD = 0.1
 
 Kind = tuple[str, str, int]
 
@@ -30,88 +38,117 @@ def kind_of(info: WorkerInfo) -> Kind:
     return info.model_fingerprint, info.role.value, info.kv_blocks_total
 
 
+def _fit(unit: tuple[float, float], coefficients: Coefficients) -> Fit:
+    return Fit(unit, coefficients=coefficients, forgetting=_KIND_FORGETTING, follows=False)
+
+
 @dataclass(slots=True)
-class Predictor:
-    """One worker's three fits. fitted: whether its prefill and decode times are more than a guess."""
+class KindFits:
+    """What workers of one kind take, apart from their levels."""
 
-    prefill: Fit
-    decode: Fit
-    pull: Fit
-
-    @classmethod
-    def unknown(cls) -> Predictor:
-        # Kinds live long and are fed by all their workers.
-        return cls(
-            Fit((256.0, 1e5), coefficients=DEFAULT_PREFILL, forgetting=0.999),
-            Fit((8.0, 1e4), coefficients=DEFAULT_DECODE, forgetting=0.999),
-            Fit((1024.0, 1024.0), coefficients=DEFAULT_PULL, forgetting=0.999),
-        )
-
-    @classmethod
-    def like(cls, kind: Predictor) -> Predictor:
-        """Return a new worker's, which begins where its kind is."""
-        return cls(
-            Fit((256.0, 1e5), coefficients=kind.prefill.coefficients, prior=kind.prefill),
-            Fit((8.0, 1e4), coefficients=kind.decode.coefficients, prior=kind.decode),
-            Fit((1024.0, 1024.0), coefficients=kind.pull.coefficients, prior=kind.pull),
-        )
-
-    @property
-    def fitted(self) -> bool:
-        return self.prefill.fitted and self.decode.fitted
-
-    def learn(self, steps: Iterable[StepSample], transfers: Iterable[TransferSample]) -> None:
-        """Take samples in; `solve` makes use of them."""
-        for step in steps:
-            self._learn_step(step)
-        for transfer in transfers:
-            self.pull.add(transfer.num_tokens, transfer.num_tokens * transfer.num_others, transfer.seconds)
+    prefill: Fit = field(default_factory=lambda: _fit((256.0, 1e5), DEFAULT_PREFILL))
+    decode: Fit = field(default_factory=lambda: _fit((8.0, 1e4), DEFAULT_DECODE))
+    pull: Fit = field(default_factory=lambda: _fit((1024.0, 1024.0), DEFAULT_PULL))
 
     def solve(self) -> None:
         self.prefill.solve()
         self.decode.solve()
         self.pull.solve()
 
-    def _learn_step(self, step: StepSample) -> None:
+
+class Level:
+    """One worker's speed at one thing, relative to its kind's fit."""
+
+    __slots__ = ("_fit", "_spread", "value")
+
+    def __init__(self, fit: Fit) -> None:
+        self._fit = fit
+        self.value = 1.0
+        self._spread = _USUAL_SPREAD
+
+    @property
+    def coefficients(self) -> Coefficients:
+        c0, c1, c2 = self._fit.coefficients
+        return c0 * self.value, c1 * self.value, c2 * self.value
+
+    def learn(self, x1: float, x2: float, seconds: float, *, tell_kind: bool) -> None:
+        """Take in a sample of x1 and x2, see Fit."""
+        level, fit = self.value, self._fit
+        if fit.fitted:
+            expected = fit.predict(x1, x2) * level
+            if expected > 0:
+                residual = (seconds - expected) / expected
+                self.value = moved_level(level, residual, self._spread)
+                self._spread = moved_spread(self._spread, residual)
+        if tell_kind:
+            fit.add(x1, x2, seconds / level)
+
+
+class Predictor:
+    """One worker's step and pull times. fitted: whether prefill and decode are more than a guess."""
+
+    __slots__ = ("_kind", "decode", "prefill", "pull")
+
+    def __init__(self, kind: KindFits) -> None:
+        self._kind = kind
+        self.prefill, self.decode, self.pull = Level(kind.prefill), Level(kind.decode), Level(kind.pull)
+
+    @property
+    def fitted(self) -> bool:
+        return self._kind.prefill.fitted and self._kind.decode.fitted
+
+    def learn(
+        self, steps: Iterable[StepSample], transfers: Iterable[TransferSample], *, tell_kind: bool = True
+    ) -> None:
+        """Take samples in."""
+        for step in steps:
+            self._learn_step(step, tell_kind)
+        for item in transfers:
+            self.pull.learn(
+                item.num_tokens, item.num_tokens * item.num_others, item.seconds, tell_kind=tell_kind
+            )
+        if tell_kind:
+            self._kind.solve()
+
+    def _learn_step(self, step: StepSample, tell_kind: bool) -> None:
         if not step.num_tokens:
-            self.decode.add(step.num_decodes, step.context, step.seconds)
+            self.decode.learn(step.num_decodes, step.context, step.seconds, tell_kind=tell_kind)
             return
         seconds = step.seconds
         if step.num_decodes:
             # One pass over the weights serves both: decodes add what more of them would.
             _, per_sequence, per_token = self.decode.coefficients
             seconds -= per_sequence * step.num_decodes + per_token * step.context
-            if not self.decode.fitted or seconds < 0.2 * step.seconds:
+            if not self._kind.decode.fitted or seconds < 0.2 * step.seconds:
                 return
-        self.prefill.add(step.num_tokens, step.attended, seconds)
+        self.prefill.learn(step.num_tokens, step.attended, seconds, tell_kind=tell_kind)
 
 
 class Predictors:
     """All workers' predictors by slot, and their kinds'."""
 
     def __init__(self) -> None:
-        self._kinds: dict[Kind, Predictor] = {}
-        self._workers: dict[int, tuple[Kind, Predictor]] = {}
+        self._kinds: dict[Kind, KindFits] = {}
+        self._workers: dict[int, Predictor] = {}
+        self._turn = 0.0
 
     def of(self, slot: int, info: WorkerInfo) -> Predictor:
         """Return a worker's predictor. A change of role keeps it: the machine is the same."""
         known = self._workers.get(slot)
         if known is None:
-            kind = kind_of(info)
-            like = self._kinds.setdefault(kind, Predictor.unknown())
-            like.solve()
-            known = kind, Predictor.like(like)
-            self._workers[slot] = known
-        return known[1]
+            known = self._workers[slot] = Predictor(self._kinds.setdefault(kind_of(info), KindFits()))
+        return known
 
     def learn(
         self, slot: int, info: WorkerInfo, steps: Iterable[StepSample], transfers: Iterable[TransferSample]
     ) -> Predictor:
         """Take a worker's samples in; return its predictor."""
         predictor = self.of(slot, info)
-        predictor.learn(steps, transfers)
-        predictor.solve()
-        self._kinds[self._workers[slot][0]].learn(steps, transfers)
+        self._turn += min(1.0, _ENOUGH_WORKERS / len(self._workers))
+        tell_kind = self._turn >= 1 or not predictor.fitted
+        if self._turn >= 1:
+            self._turn -= 1
+        predictor.learn(steps, transfers, tell_kind=tell_kind)
         return predictor
 
     def forget(self, slot: int) -> None:

@@ -65,8 +65,9 @@ class Router:
         choice = self.policy.choose(request, self.view, self.index, self._rng)
         prediction = predict(request, self.view, choice.prefill, choice.decode, choice.depths)
         placement = choice.placement(request, self.view, self.policy.name, prediction)
-        charge, ended = self.view.charge(request, choice.prefill, choice.decode, choice.depths, now)
-        charge.prediction = prediction
+        charge, ended = self.view.charge(
+            request, choice.prefill, choice.decode, choice.depths, now, prediction
+        )
         for other in ended:
             self._assumptions.ended(other)
         self._assumptions.placed(charge)

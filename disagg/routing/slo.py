@@ -1,8 +1,14 @@
 """The policy `slo`: prefill and decode worker chosen together by predicted TTFT and TPOT.
 
-1. price every worker in a few array operations; keep the FEW best of each pool
-2. weigh their pairs, and prefill on the decode worker itself, each with cache, link and streams in one sum
-3. take a pair by class: comfortable (packed tightly), meets the objectives, misses them most mildly
+Every worker is priced in a few array operations: seconds to the first token, queue and cache included, and
+seconds of decoding, the pull over a link as busy as it is included. The two sides meet in nothing else, so
+the best pair is the best of each; what remains is whether one worker should do both:
+
+  - apart, unless alone is cheaper, what it takes from those that stream there counted in;
+  - a prompt that would miss its objective apart goes to a decode worker whose streams can spare the time:
+    their steps, lengthened by all prompts that came to them lately, stay within the tightest of their
+    objectives;
+  - where that is not to be had either the mildest miss is taken, and nobody else is made to miss for it.
 """
 
 from __future__ import annotations
@@ -10,32 +16,26 @@ from __future__ import annotations
 import random
 
 import numpy as np
+import numpy.typing as npt
 
+from disagg.routing.charges import ASIDE_S
 from disagg.routing.choice import Choice, candidates
-from disagg.routing.costs import DUE_PART, ahead_of, turn_of
+from disagg.routing.costs import DUE_PART, turn_of
 from disagg.routing.prefix_index import PrefixIndex
 from disagg.routing.types import PlacementRequest
 from disagg.routing.view import ClusterView, Floats, Pools, Slots
 
-# Workers of each pool whose pairs are weighed.
-FEW = 2
-# Up to this share of both objectives a pair is comfortable: there the fullest is taken, so that others keep
-# their room for requests that need it; beyond, the quickest.
-COMFORTABLE = 0.5
-# How many seconds of work elsewhere a second of somebody's queue is worth to whoever packs.
-PACKING = 0.25
-_MEETS, _MISSES = 1, 2
-# Below any time that is not comfortable.
-_COMFORT = 1e6
-
-Weight = tuple[int, float]
+# From this share of an objective on a request is pressed: what a prediction leaves out fits no more.
+PRESSED = 0.9
+# Streams keep this share of their TPOT objective for what nobody foresaw.
+SPARE = 0.1
 
 
 class Slo:
     """Joint placement by objectives.
 
-    local_prefill: whether decode workers may prefill short prompts. A request without objectives takes the
-    pair that serves it soonest.
+    local_prefill: whether decode workers may prefill prompts themselves. A request without objectives takes
+    the pair that serves it soonest.
     """
 
     name = "slo"
@@ -48,165 +48,121 @@ class Slo:
     ) -> Choice:
         """See Policy.choose."""
         pools = candidates(request, view)
-        found = index.depths(request.block_hashes, view.num_slots) if request.block_hashes else None
-        offer = _Offer(request, view, found)
+        view.price()
+        held = index.held(request.block_hashes) if request.block_hashes else None
+        offer = _Offer(request, view, held)
         if pools.degraded:
-            slot = offer.best_alone(pools, rng)
+            slot = _lowest(offer.both() + pools.not_prefill, rng)
             return Choice(slot, slot, True, (offer.depth(slot), offer.depth(slot)))
-        prefill, decode = offer.best_pair(pools, rng, self._local_prefill)
+        prefill, decode = offer.best(pools, rng, self._local_prefill)
         return Choice(prefill, decode, False, (offer.depth(prefill), offer.depth(decode)))
 
 
 class _Offer:
-    """One request in front of all workers."""
+    """One request in front of all workers.
 
-    def __init__(self, request: PlacementRequest, view: ClusterView, found: Slots | None) -> None:
-        self._request, self._view, self._found = request, view, found
-        self._gaps = max(1.0, min(request.max_new_tokens, view.expected_tokens) - 1)
+    first: seconds to its first token. decode_s: seconds from then to its last one. work: seconds of the
+    prompt's own computing. All over slots.
+    """
+
+    def __init__(
+        self, request: PlacementRequest, view: ClusterView, held: tuple[Slots, Slots] | None
+    ) -> None:
+        self._request, self._view, self._held = request, view, held
+        self.gaps = max(1.0, min(request.max_new_tokens, view.expected_tokens) - 1)
         num_tokens = request.num_tokens
+        # A rough turn is enough to compare workers: the exact one comes with the prediction.
+        turn = turn_of(num_tokens, request.priority)
         uncached: Floats | float = float(num_tokens)
-        if found is not None:
-            uncached = np.maximum(1.0, num_tokens - found * view.block_size)
-        self._uncached = uncached
-        # A rough turn is enough to compare workers: the exact one comes with the pair.
-        self._turn = turn_of(num_tokens, request.priority)
-
-    def depth(self, slot: int) -> int:
-        return 0 if self._found is None else int(self._found[slot])
-
-    # -- every worker, roughly -----------------------------------------------------------------------
-
-    def _first_token(self) -> tuple[Floats, Floats]:
-        """Return over slots: seconds to the first token, and the tokens ahead of it."""
-        view, uncached = self._view, self._uncached
-        ahead = np.minimum(view.shorter[self._turn], view.queued_tokens)
+        if held is not None:
+            uncached = np.full(view.num_slots, float(num_tokens))
+            slots, depths = held
+            uncached[slots] = np.maximum(1.0, num_tokens - depths * view.block_size[slots])
+        attended = uncached * (num_tokens - uncached / 2)
+        self.work: Floats = uncached * view.token_s + attended * view.attended_s
+        ahead = np.minimum(view.shorter[turn], view.queued_tokens)
         later = view.queued_tokens - ahead
         ahead += np.minimum(later, (ahead + uncached) * DUE_PART)
-        first = ahead + uncached
-        first *= view.token_s
-        first += view.begin_s
-        first += view.attended_s * (uncached * (self._request.num_tokens - uncached / 2))
-        return first, ahead
+        ahead *= view.token_s
+        ahead += view.begin_s
+        self.first: Floats = ahead + self.work
+        self.decode_s: Floats = view.step_s * self.gaps
+        self.decode_s += view.place_s
+        self.decode_s += uncached * view.token_pull_s
 
-    def _decode_time(self) -> Floats:
-        """Return over slots: seconds that decode takes, the wait for a place and what must be moved in it."""
-        view = self._view
-        total: Floats = view.step_s * self._gaps
-        total += view.place_s
-        if self._found is not None:
-            total += self._uncached * view.token_pull_s
-        return total
+    def depth(self, slot: int) -> int:
+        if self._held is None:
+            return 0
+        at = np.flatnonzero(self._held[0] == slot)
+        return int(self._held[1][at[0]]) if len(at) else 0
 
-    def best_alone(self, pools: Pools, rng: random.Random) -> int:
-        """Return the worker that does all soonest."""
-        first, _ = self._first_token()
-        first += self._decode_time()
-        first += pools.not_prefill
-        return _lowest(first, rng, 1)[0]
+    def both(self) -> Floats:
+        """Return over slots the seconds until one worker has done it all, and what that costs others."""
+        return self.first + self.work + self.decode_s
 
-    def best_pair(self, pools: Pools, rng: random.Random, local_prefill: bool) -> tuple[int, int]:
+    def best(self, pools: Pools, rng: random.Random, local_prefill: bool) -> tuple[int, int]:
         """Return the prefill and the decode worker."""
-        first, ahead = self._first_token()
-        wanted = self._request.slo_ttft_s
-        ranked: Floats = first
-        if wanted is not None:
-            # Comfortable ones first, and among these who has the least to compute and the longest queue.
-            waits = ahead * self._view.token_s
-            ranked = np.where(first <= COMFORTABLE * wanted, first - (1 + PACKING) * waits - _COMFORT, first)
-        prefills = _lowest(ranked + pools.not_prefill, rng, FEW)
-        decodes = _lowest(self._ranked_decodes() + pools.not_decode, rng, FEW)
-        best, chosen = (_MISSES + 1, 0.0), (-1, -1)
-        for decode in decodes:
-            for prefill in prefills:
-                weight = self._weigh(prefill, decode)
-                if weight < best:
-                    best, chosen = weight, (prefill, decode)
-        for slot in self._alone(pools, decodes, first, local_prefill):
-            weight = self._weigh(slot, slot)
-            if weight <= best:
-                best, chosen = weight, (slot, slot)
-        return chosen
-
-    def _ranked_decodes(self) -> Floats:
-        total, wanted = self._decode_time(), self._request.slo_tpot_s
-        if wanted is None:
-            return total
-        comfortable = total <= COMFORTABLE * wanted * self._gaps
-        packed: Floats = total - (1 + PACKING) * self._gaps * self._view.step_s - _COMFORT
-        ranked: Floats = np.where(comfortable, packed, total)
-        return ranked
-
-    # -- a few pairs, exactly ------------------------------------------------------------------------
-
-    def _alone(self, pools: Pools, decodes: list[int], first: Floats, local_prefill: bool) -> list[int]:
-        """Return workers that may do both: of mixed ones the best, and decode workers for short prompts."""
-        alone = []
+        # The work counts twice: it takes this request's time, and as much from whoever comes next.
+        prefill = _lowest(self.first + self.work + pools.not_prefill, rng)
+        decode = _lowest(self.decode_s + pools.not_decode, rng)
         if len(pools.local):
-            both = (first + self._decode_time()).take(pools.local)
-            alone.append(int(pools.local[both.argmin()]))
-        if local_prefill:
-            for slot in decodes:
-                costs = self._view.costs(slot)
-                # One step of its own at most, or it would be a prefill worker.
-                if costs.fitted and self._tokens(slot) <= costs.budget:
-                    alone.append(slot)
-        return alone
+            both = self.both()
+            alone = int(pools.local[both.take(pools.local).argmin()])
+            apart = self.first[prefill] + self.work[prefill] + self.decode_s[decode]
+            return (alone, alone) if both[alone] <= apart else (prefill, decode)
+        if not local_prefill:
+            return prefill, decode
+        chosen = self._aside(prefill, decode, pools)
+        return (prefill, decode) if chosen is None else (chosen, chosen)
 
-    def _tokens(self, slot: int) -> int:
-        """Return how many tokens a worker would have to compute."""
-        if self._found is None:
-            return self._request.num_tokens
-        cached = int(self._found[slot]) * self._view.size_of_block(slot)
-        return max(1, self._request.num_tokens - cached)
+    def _aside(self, prefill: int, decode: int, pools: Pools) -> int | None:
+        """Return the decode worker that should prefill this prompt itself, if one should."""
+        first, late = float(self.first[prefill]), self._pressed_for_tpot(decode)
+        wanted = self._request.slo_ttft_s
+        if not late and (wanted is None or first <= PRESSED * wanted):
+            return decode if self._cheaper(prefill, decode) else None
+        slots = pools.decode
+        soonest = np.where(self._room(slots), self.first.take(slots), np.inf)
+        at = int(soonest.argmin())
+        limit = np.inf if wanted is None else wanted
+        if soonest[at] > limit or (soonest[at] >= first and not late) or soonest[at] == np.inf:
+            return None
+        slot = int(slots[at])
+        return slot if self._view.costs(slot).fitted else None
 
-    def _weigh(self, prefill: int, decode: int) -> Weight:
-        """Return (class, cost): less is better, and of another class better or worse whatever it costs."""
-        request, view = self._request, self._view
-        on_prefill, on_decode = view.costs(prefill), view.costs(decode)
-        tokens = self._tokens(prefill)
-        attended = tokens * (request.num_tokens - tokens / 2)
-        shorter = view.queued_before(prefill, turn_of(tokens, request.priority))
-        ahead = ahead_of(tokens, shorter, on_prefill.queued)
-        ttft = on_prefill.first_token_s(ahead, tokens, attended)
-        stall = on_decode.place_s
-        # What those lose that stream where the prompt is computed, summed over them.
-        harm = on_prefill.sequences * (tokens * on_prefill.token_s + attended * on_prefill.attended_s)
-        if prefill != decode:
-            missing = self._tokens(decode) if self._found is not None else request.num_tokens
-            stall += on_decode.pull_s(missing, max(on_prefill.links, on_decode.links))
-        decode_s = self._gaps * on_decode.step_s
-        total = ttft + stall + decode_s + harm
-        miss = self._miss(ttft, (stall + decode_s) / self._gaps)
-        if miss is None:
-            return 0, total
-        if miss > 1:
-            return _MISSES, miss
-        if miss > COMFORTABLE:
-            return _MEETS, total
-        waits = on_prefill.begin_s + ahead * on_prefill.token_s
-        return 0, total - (1 + PACKING) * (waits + decode_s)
+    def _pressed_for_tpot(self, decode: int) -> bool:
+        """Whether the hand-off alone might be too long for so few tokens."""
+        wanted = self._request.slo_tpot_s
+        if wanted is None:
+            return False
+        step_s = float(self._view.step_s[decode])
+        return float(self.decode_s[decode]) > PRESSED * wanted * self.gaps and step_s <= PRESSED * wanted
 
-    def _miss(self, ttft: float, tpot: float) -> float | None:
-        """Return the larger of both times as a multiple of its objective; None where there is none."""
-        wanted_ttft, wanted_tpot = self._request.slo_ttft_s, self._request.slo_tpot_s
-        if wanted_ttft is None:
-            return None if wanted_tpot is None else tpot / wanted_tpot
-        miss = ttft / wanted_ttft
-        return miss if wanted_tpot is None else max(miss, tpot / wanted_tpot)
+    def _cheaper(self, prefill: int, decode: int) -> bool:
+        """Whether the decode worker serves the request sooner alone, its streams' loss counted in."""
+        costs = self._view.costs(decode)
+        if not costs.fitted or not self._room(np.array([decode]))[0]:
+            return False
+        missing = self._request.num_tokens - self.depth(decode) * self._view.size_of_block(decode)
+        alone = float(self.first[decode]) + float(self.work[decode]) * (1 + costs.sequences)
+        apart = float(self.first[prefill]) + float(self.work[prefill]) + costs.pull_s(missing, costs.links)
+        return alone <= apart
+
+    def _room(self, slots: Slots) -> npt.NDArray[np.bool_]:
+        """Return over `slots` whether the streams there can spare the time for this prompt."""
+        view = self._view
+        share = view.aside.take(slots) + self.work.take(slots) / ASIDE_S
+        limit = np.minimum(view.tightest_s.take(slots), self._request.slo_tpot_s or np.inf)
+        room: npt.NDArray[np.bool_] = view.bare_step_s.take(slots) <= limit * (1 - SPARE) * (1 - share)
+        return room
 
 
-def _lowest(values: Floats, rng: random.Random, count: int) -> list[int]:
-    """Return where the lowest finite values stand, and overwrite them; of equal ones any may come first."""
+def _lowest(values: Floats, rng: random.Random) -> int:
+    """Return where the lowest value stands; of equal ones any may be it."""
     start = int(rng.random() * len(values))
-    found: list[int] = []
-    for _ in range(count):
-        at = start + int(values[start:].argmin())
-        if start:
-            before = int(values[:start].argmin())
-            if values[before] < values[at]:
-                at = before
-        if values[at] == np.inf:
-            break
-        found.append(at)
-        values[at] = np.inf
-    return found
+    at = start + int(values[start:].argmin())
+    if start:
+        before = int(values[:start].argmin())
+        if values[before] < values[at]:
+            at = before
+    return at

@@ -16,14 +16,17 @@ import numpy.typing as npt
 from disagg.routing.charges import NOWHERE, Account, Charge
 from disagg.routing.costs import NUM_TURNS, WorkerCosts, turn_of
 from disagg.routing.predictors import Predictor, Predictors
-from disagg.routing.types import PlacementRequest, WorkerReport
+from disagg.routing.types import PlacementRequest, Prediction, WorkerReport
 from disagg.types import Role, WorkerInfo, WorkerState, WorkerStatus
 
 Slots = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
 
 # Rows of ClusterView._prices.
-_PRICES = ("begin_s", "token_s", "attended_s", "step_s", "place_s", "token_pull_s")
+_PRICES = (
+    *("begin_s", "token_s", "attended_s", "step_s", "place_s", "token_pull_s"),
+    *("bare_step_s", "aside", "tightest_s"),
+)
 _ROLE_CODE = {Role.PREFILL: 0, Role.DECODE: 1, Role.MIXED: 2}
 _INITIAL_SLOTS = 8
 # Most requests end long before max_new_tokens; charging all of it would make every worker look full. So long
@@ -73,6 +76,9 @@ class ClusterView:
 
     def __init__(self, *, max_charges: int = 100_000) -> None:
         self.version = 0
+        self.now = 0.0
+        # Slots whose prices are out of date.
+        self._stale: set[int] = set()
         self.workers: dict[str, WorkerState] = {}
         self._slots: dict[str, int] = {}
         self._ids: list[str | None] = []
@@ -100,7 +106,8 @@ class ClusterView:
         # One row each, so that a worker's prices are written at once.
         self._prices: Floats = np.zeros((len(_PRICES), size))
         self.begin_s, self.token_s, self.attended_s = self._prices[:3]
-        self.step_s, self.place_s, self.token_pull_s = self._prices[3:]
+        self.step_s, self.place_s, self.token_pull_s = self._prices[3:6]
+        self.bare_step_s, self.aside, self.tightest_s = self._prices[6:]
         self.shorter: Floats = np.zeros((NUM_TURNS, size))
         self._role: npt.NDArray[np.int8] = np.zeros(size, dtype=np.int8)
         self._ready: npt.NDArray[np.bool_] = np.zeros(size, dtype=np.bool_)
@@ -134,6 +141,7 @@ class ClusterView:
         if previous is None:
             self._slots[info.worker_id] = self._new_slot(info.worker_id)
         slot = self._slots[info.worker_id]
+        self.now = now
         self._last_seen[info.worker_id] = now
         self.workers[info.worker_id] = WorkerState(info, report.status, report.load)
         account = self._accounts[slot]
@@ -179,8 +187,8 @@ class ClusterView:
         costs.pull, costs.fitted = predictor.pull.coefficients, predictor.fitted
 
     def costs(self, slot: int) -> WorkerCosts:
-        """Return the prices of one worker; read only."""
-        return self._accounts[slot].costs
+        """Return the present prices of one worker; read only."""
+        return self._priced(slot) if slot in self._stale else self._accounts[slot].costs
 
     def size_of_block(self, slot: int) -> int:
         """Return tokens per KV block of one worker."""
@@ -261,7 +269,13 @@ class ClusterView:
         return list(self._by_frontend)
 
     def charge(
-        self, request: PlacementRequest, prefill: int, decode: int, depths: tuple[int, int], now: float
+        self,
+        request: PlacementRequest,
+        prefill: int,
+        decode: int,
+        depths: tuple[int, int],
+        now: float,
+        prediction: Prediction | None = None,
     ) -> tuple[Charge, list[Charge]]:
         """Count a request on the workers in these slots; depths: leading blocks that each has cached.
 
@@ -292,11 +306,19 @@ class ClusterView:
             hashes=request.block_hashes,
             turn=turn_of(tokens, request.priority),
             tenant=request.tenant,
+            tpot_s=request.slo_tpot_s,
+            prefill_s=0.0 if prediction is None else prediction.ttft,
+            prediction=prediction,
         )
+        self.now = now
         self._charges[request.request_id] = charge
         self._by_frontend.setdefault(request.frontend_id, set()).add(request.request_id)
         self._accounts[prefill].add_prefill(charge)
         self._accounts[decode].add_decode(charge)
+        if prefill == decode:
+            _, token_s, attended_s = self._accounts[prefill].costs.prefill
+            attended = tokens * (request.num_tokens - tokens / 2)
+            self._accounts[prefill].note_aside(tokens * token_s + attended * attended_s, now)
         self._refresh(prefill)
         self._refresh(decode)
         return charge, ended
@@ -361,16 +383,34 @@ class ClusterView:
         self.sequences[slot] = sequences
         self.excess[slot] = excess if excess > 0 else 0
         self.kv_blocks[slot] = blocks
+        self._stale.add(slot)
+
+    def price(self) -> None:
+        """Bring the prices of all workers up to date; whoever reads them calls this first."""
+        while self._stale:
+            slot = self._stale.pop()
+            costs, account = self._priced(slot), self._accounts[slot]
+            self._prices[:, slot] = (
+                costs.begin_s + costs.chunk_s,
+                costs.token_s + costs.chunk_s / costs.chunk,
+                *(costs.attended_s, costs.step_s, costs.place_s, costs.pull[1] + costs.pull[2] * costs.links),
+                *(costs.bare_step_s, costs.aside, account.tightest_s),
+            )
+            self.shorter[:, slot] = account.shorter
+
+    def _priced(self, slot: int) -> WorkerCosts:
+        account = self._accounts[slot]
         costs = account.costs
+        sequences, blocks = account.batch_to_come(self.expected_tokens * costs.step_s)
         costs.refresh(
-            queued, sequences, blocks * account.block_size, blocks / account.kv_total, self.expected_tokens
+            account.queued_tokens,
+            sequences,
+            blocks * account.block_size,
+            blocks / account.kv_total,
+            self.expected_tokens,
+            account.aside_share(self.now),
         )
-        self._prices[:, slot] = (
-            costs.begin_s + costs.chunk_s,
-            costs.token_s + costs.chunk_s / costs.chunk,
-            *(costs.attended_s, costs.step_s, costs.place_s, costs.pull[1]),
-        )
-        self.shorter[:, slot] = account.shorter
+        return costs
 
     def answered(self, num_tokens: int) -> None:
         """Note how long an answer was that has ended."""
