@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -324,14 +325,12 @@ def parse_config(data: dict[str, Any]) -> ClusterConfig:
 def _refuse_unavailable(config: ClusterConfig) -> None:
     """Raise ConfigError for settings that have a name but nothing behind it yet; none is ignored."""
     transport = config.transfer.kv_transport
-    if transport == "nixl":
-        raise ConfigError(
-            "kv_transport: nixl is not available in this version; use shm, grpc or nccl", param="kv_transport"
-        )
     if transport in ("nccl", "nixl") and config.tls is not None:
         raise ConfigError(
             f"kv_transport: {transport} would send KV unencrypted beside tls; use grpc", param="kv_transport"
         )
+    if transport == "nixl" and find_spec("nixl") is None:
+        raise ConfigError("kv_transport: nixl is not installed; install disagg[nixl]", param="kv_transport")
     if any(config.pool(role).tensor_parallel_size != 1 for role in Role):
         raise ConfigError(
             "tensor_parallel_size: only 1 is available in this version", param="tensor_parallel_size"

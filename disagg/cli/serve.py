@@ -54,7 +54,9 @@ def serve(
     ] = None,
     prefill_tp: Annotated[int | None, typer.Option(help="The prefill pool's own -tp.")] = None,
     decode_tp: Annotated[int | None, typer.Option(help="The decode pool's own -tp.")] = None,
-    kv_transport: Annotated[str | None, typer.Option(help="auto, shm, grpc or nccl (Gloo on CPUs).")] = None,
+    kv_transport: Annotated[
+        str | None, typer.Option(help="auto, shm, grpc, nccl (Gloo on CPUs) or nixl.")
+    ] = None,
     config: _Config = None,
 ) -> None:
     """Start prefill and decode workers, the router and the front end; end them all on Ctrl-C."""

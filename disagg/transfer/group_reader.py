@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import secrets
-import threading
 from collections.abc import Sequence
 from concurrent.futures import Executor
 from typing import Any
@@ -26,6 +25,7 @@ from disagg.transfer.process_group import (
     reach_store,
 )
 from disagg.transfer.readers import Metadata
+from disagg.transfer.scatter import Scatter
 from disagg.transfer.segment import Blocks
 from disagg.transfer.wire import handle_to_proto
 from disagg.types import KVHandle
@@ -138,7 +138,7 @@ class GroupReader:
     ) -> None:
         request = reads_pb2.SendBlocksRequest(group_id=group.group_id, pull=pull)
         call: SendCall = self._stub.Send(request, metadata=self._metadata)
-        scattering = _Scatter(target, self._executor)
+        scattering = Scatter(target, self._executor)
         coming = asyncio.ensure_future(call.read())
         received, turn = 0, 0
         try:
@@ -163,40 +163,6 @@ class GroupReader:
             await scattering.stop()
         if received != len(target_rows):
             raise DamagedKVError(f"the peer sent {received} of {len(target_rows)} blocks")
-
-
-class _Scatter:
-    """Copies from buffers into the target, one at a time, beside what is received."""
-
-    def __init__(self, target: Blocks, executor: Executor) -> None:
-        self._target = target
-        self._executor = executor
-        self._stop = threading.Event()
-        self._running: asyncio.Future[bool] | None = None
-
-    def start(self, buffer: Any, rows: Sequence[int], checksum: int) -> None:
-        self._running = asyncio.get_running_loop().run_in_executor(
-            self._executor, buffer.scatter, self._target, rows, checksum, self._stop
-        )
-
-    async def done(self) -> None:
-        """Return when what was started has ended. Raises DamagedKVError where other blocks came."""
-        if self._running is not None:
-            if not await asyncio.shield(self._running):
-                raise DamagedKVError("blocks failed their checksum")
-            self._running = None
-
-    async def stop(self) -> None:
-        """Return when nothing is written any more, however often this task is cancelled meanwhile."""
-        self._stop.set()
-        cancelled = False
-        while self._running is not None and not self._running.done():
-            try:
-                await asyncio.wait({self._running})
-            except asyncio.CancelledError:
-                cancelled = True
-        if cancelled:
-            raise asyncio.CancelledError
 
 
 async def _while_alive(receiving: asyncio.Future[None], coming: asyncio.Future[Any]) -> None:

@@ -98,7 +98,7 @@ def copy_rows(
     the GIL go.
     """
     longest = max(1, COPY_PIECE_BYTES // source.shape[1])
-    for start, end in _runs(source_rows, target_rows, longest):
+    for start, end in runs(source_rows, target_rows, longest):
         if stop.is_set():
             return
         count = end - start
@@ -106,7 +106,7 @@ def copy_rows(
         target[to : to + count] = source[first : first + count]
 
 
-def _runs(source_rows: Sequence[int], target_rows: Sequence[int], longest: int) -> Iterator[tuple[int, int]]:
+def runs(source_rows: Sequence[int], target_rows: Sequence[int], longest: int) -> Iterator[tuple[int, int]]:
     """Yield (start, end) of stretches, `longest` at most, over which both sequences go up by one."""
     start = 0
     for index in range(1, len(source_rows) + 1):

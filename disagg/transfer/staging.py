@@ -29,9 +29,9 @@ class Staging(Protocol):
         """Copy rows of a cache to the front; return their checksum. Returns when the copy is done."""
         ...
 
-    def scatter(self, cache: Any, rows: Sequence[int], checksum: int, stop: threading.Event) -> bool:
+    def scatter(self, cache: Any, rows: Sequence[int], checksum: int | None, stop: threading.Event) -> bool:
         """Copy the front to rows of a cache unless told to stop before. False: these are not the blocks that
-        have this checksum, and nothing was written. Returns when the copy is done.
+        have this checksum (None: any will do), and nothing was written. Returns when the copy is done.
         """
         ...
 
@@ -51,8 +51,10 @@ class HostStaging:
         copy_rows(cache, rows, self._blocks, range(len(rows)), self._never)
         return blocks_checksum([self._blocks[: len(rows)]])
 
-    def scatter(self, cache: Blocks, rows: Sequence[int], checksum: int, stop: threading.Event) -> bool:
-        if blocks_checksum([self._blocks[: len(rows)]]) != checksum:
+    def scatter(
+        self, cache: Blocks, rows: Sequence[int], checksum: int | None, stop: threading.Event
+    ) -> bool:
+        if checksum is not None and blocks_checksum([self._blocks[: len(rows)]]) != checksum:
             return False
         copy_rows(self._blocks, range(len(rows)), cache, rows, stop)
         return True
@@ -73,7 +75,9 @@ class DeviceStaging:
         self._finish()
         return 0
 
-    def scatter(self, cache: Tensor, rows: Sequence[int], checksum: int, stop: threading.Event) -> bool:
+    def scatter(
+        self, cache: Tensor, rows: Sequence[int], checksum: int | None, stop: threading.Event
+    ) -> bool:
         if not stop.is_set():
             cache.index_copy_(0, self._index(rows), self.first(len(rows)))
             self._finish()

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import Collection
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import grpc.aio
 
@@ -15,11 +16,15 @@ from disagg.transfer.agreement import Device
 from disagg.transfer.connections import Opener, Peer, Reached
 from disagg.transfer.readers import BlockReader
 from disagg.transfer.server import KVTransferService
-from disagg.v1 import reads_pb2_grpc
+from disagg.v1 import reads_pb2_grpc, worker_pb2
+
+if TYPE_CHECKING:
+    from disagg.transfer.nixl_agent import NixlAgent
 
 logger = logging.getLogger(__name__)
 
-COPY_THREADS = 2
+# Copies, and calls of NIXL, of which one may be a copy.
+COPY_THREADS = 3
 
 
 class ExtraTransports:
@@ -52,8 +57,11 @@ class ExtraTransports:
         self._executor = ThreadPoolExecutor(COPY_THREADS, thread_name_prefix="kv-scatter")
         self._servers: list[Any] = []
         self.openers: dict[str, Opener] = {}
+        self._agent: NixlAgent | None = None
         if wanted == "nccl" or device == "cuda":
             self._add_groups()
+        if wanted == "nixl":
+            self._add_nixl()
 
     def _add_groups(self) -> None:
         # Loads torch.distributed, which most workers don't need.
@@ -86,6 +94,34 @@ class ExtraTransports:
             timeout_s=self._timeout_s,
         )
 
+    def _add_nixl(self) -> None:
+        from disagg.transfer.nixl_agent import NixlAgent
+        from disagg.transfer.nixl_reader import NixlServer, agent_name
+
+        address, num_bytes = _memory_of(self._cache)
+        self._agent = NixlAgent(agent_name(self._own), self._host, self._device, self._cache.shape[1])
+        self._agent.register(address, num_bytes)
+        region = worker_pb2.NixlRegion(metadata=self._agent.metadata(), address=address)
+        server = NixlServer(self._agent, self._service.claim, self._executor)
+        self._servers.append((server, reads_pb2_grpc.add_NixlReadsServicer_to_server))
+        self._service.offer("nixl", lambda response: response.nixl.CopyFrom(region))
+        self.openers["nixl"] = self._open_nixl
+
+    async def _open_nixl(self, reached: Reached) -> BlockReader:
+        from disagg.transfer.nixl_reader import NixlReader
+
+        assert self._agent is not None
+        reader = NixlReader(
+            reached,
+            self._agent,
+            self._metadata,
+            self._executor,
+            block_bytes=self._cache.shape[1],
+            timeout_s=self._timeout_s,
+        )
+        await reader.meet()
+        return reader
+
     def serve(self, server: grpc.aio.Server) -> None:
         """Add what peers call; before the server is started."""
         for servicer, add in self._servers:
@@ -99,4 +135,13 @@ class ExtraTransports:
     async def close(self) -> None:
         for servicer, _ in self._servers:
             await servicer.close()
+        if self._agent is not None:
+            await asyncio.get_running_loop().run_in_executor(self._executor, self._agent.close)
         self._executor.shutdown(wait=False, cancel_futures=True)
+
+
+def _memory_of(cache: Any) -> tuple[int, int]:
+    """Return address and length of an array or tensor."""
+    if hasattr(cache, "data_ptr"):
+        return cache.data_ptr(), cache.numel()
+    return cache.ctypes.data, cache.nbytes

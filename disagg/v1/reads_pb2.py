@@ -25,21 +25,27 @@ _sym_db = _symbol_database.Default()
 from disagg.v1 import worker_pb2 as disagg_dot_v1_dot_worker__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x15\x64isagg/v1/reads.proto\x12\tdisagg.v1\x1a\x16\x64isagg/v1/worker.proto\"L\n\x10JoinGroupRequest\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\t\x12\x10\n\x08group_id\x18\x03 \x01(\x0c\"\'\n\x11JoinGroupResponse\x12\x12\n\nstore_port\x18\x01 \x01(\x05\"K\n\x11SendBlocksRequest\x12\x10\n\x08group_id\x18\x01 \x01(\x0c\x12$\n\x04pull\x18\x02 \x01(\x0b\x32\x16.disagg.v1.PullRequest\"G\n\nSentBlocks\x12\x13\n\x0b\x66irst_block\x18\x01 \x01(\x05\x12\x12\n\nnum_blocks\x18\x02 \x01(\x05\x12\x10\n\x08\x63hecksum\x18\x03 \x01(\x07\x32\x8c\x01\n\x08KVGroups\x12\x41\n\x04Join\x12\x1b.disagg.v1.JoinGroupRequest\x1a\x1c.disagg.v1.JoinGroupResponse\x12=\n\x04Send\x12\x1c.disagg.v1.SendBlocksRequest\x1a\x15.disagg.v1.SentBlocks0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x15\x64isagg/v1/reads.proto\x12\tdisagg.v1\x1a\x16\x64isagg/v1/worker.proto\"5\n\rAssistRequest\x12$\n\x04pull\x18\x01 \x01(\x0b\x32\x16.disagg.v1.PullRequest\"\x10\n\x0e\x41ssistResponse\"L\n\x10JoinGroupRequest\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\t\x12\x10\n\x08group_id\x18\x03 \x01(\x0c\"\'\n\x11JoinGroupResponse\x12\x12\n\nstore_port\x18\x01 \x01(\x05\"K\n\x11SendBlocksRequest\x12\x10\n\x08group_id\x18\x01 \x01(\x0c\x12$\n\x04pull\x18\x02 \x01(\x0b\x32\x16.disagg.v1.PullRequest\"G\n\nSentBlocks\x12\x13\n\x0b\x66irst_block\x18\x01 \x01(\x05\x12\x12\n\nnum_blocks\x18\x02 \x01(\x05\x12\x10\n\x08\x63hecksum\x18\x03 \x01(\x07\x32\x8c\x01\n\x08KVGroups\x12\x41\n\x04Join\x12\x1b.disagg.v1.JoinGroupRequest\x1a\x1c.disagg.v1.JoinGroupResponse\x12=\n\x04Send\x12\x1c.disagg.v1.SendBlocksRequest\x1a\x15.disagg.v1.SentBlocks0\x01\x32J\n\tNixlReads\x12=\n\x06\x41ssist\x12\x18.disagg.v1.AssistRequest\x1a\x19.disagg.v1.AssistResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'disagg.v1.reads_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_JOINGROUPREQUEST']._serialized_start=60
-  _globals['_JOINGROUPREQUEST']._serialized_end=136
-  _globals['_JOINGROUPRESPONSE']._serialized_start=138
-  _globals['_JOINGROUPRESPONSE']._serialized_end=177
-  _globals['_SENDBLOCKSREQUEST']._serialized_start=179
-  _globals['_SENDBLOCKSREQUEST']._serialized_end=254
-  _globals['_SENTBLOCKS']._serialized_start=256
-  _globals['_SENTBLOCKS']._serialized_end=327
-  _globals['_KVGROUPS']._serialized_start=330
-  _globals['_KVGROUPS']._serialized_end=470
+  _globals['_ASSISTREQUEST']._serialized_start=60
+  _globals['_ASSISTREQUEST']._serialized_end=113
+  _globals['_ASSISTRESPONSE']._serialized_start=115
+  _globals['_ASSISTRESPONSE']._serialized_end=131
+  _globals['_JOINGROUPREQUEST']._serialized_start=133
+  _globals['_JOINGROUPREQUEST']._serialized_end=209
+  _globals['_JOINGROUPRESPONSE']._serialized_start=211
+  _globals['_JOINGROUPRESPONSE']._serialized_end=250
+  _globals['_SENDBLOCKSREQUEST']._serialized_start=252
+  _globals['_SENDBLOCKSREQUEST']._serialized_end=327
+  _globals['_SENTBLOCKS']._serialized_start=329
+  _globals['_SENTBLOCKS']._serialized_end=400
+  _globals['_KVGROUPS']._serialized_start=403
+  _globals['_KVGROUPS']._serialized_end=543
+  _globals['_NIXLREADS']._serialized_start=545
+  _globals['_NIXLREADS']._serialized_end=619
 # @@protoc_insertion_point(module_scope)

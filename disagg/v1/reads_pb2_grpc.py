@@ -143,3 +143,79 @@ class KVGroups:
             timeout,
             metadata,
             _registered_method=True)
+
+
+class NixlReadsStub:
+    """Reads over NIXL, which are one-sided, but for a fabric without hardware that serves them.
+    """
+
+    def __init__(self, channel):
+        """Constructor.
+
+        Args:
+            channel: A grpc.Channel.
+        """
+        self.Assist = channel.unary_unary(
+                '/disagg.v1.NixlReads/Assist',
+                request_serializer=disagg_dot_v1_dot_reads__pb2.AssistRequest.SerializeToString,
+                response_deserializer=disagg_dot_v1_dot_reads__pb2.AssistResponse.FromString,
+                _registered_method=True)
+
+
+class NixlReadsServicer:
+    """Reads over NIXL, which are one-sided, but for a fabric without hardware that serves them.
+    """
+
+    def Assist(self, request, context):
+        """While the call is open, the owner drives its agent. It ends by itself only where that fails.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+
+def add_NixlReadsServicer_to_server(servicer, server):
+    rpc_method_handlers = {
+            'Assist': grpc.unary_unary_rpc_method_handler(
+                    servicer.Assist,
+                    request_deserializer=disagg_dot_v1_dot_reads__pb2.AssistRequest.FromString,
+                    response_serializer=disagg_dot_v1_dot_reads__pb2.AssistResponse.SerializeToString,
+            ),
+    }
+    generic_handler = grpc.method_handlers_generic_handler(
+            'disagg.v1.NixlReads', rpc_method_handlers)
+    server.add_generic_rpc_handlers((generic_handler,))
+    server.add_registered_method_handlers('disagg.v1.NixlReads', rpc_method_handlers)
+
+
+ # This class is part of an EXPERIMENTAL API.
+class NixlReads:
+    """Reads over NIXL, which are one-sided, but for a fabric without hardware that serves them.
+    """
+
+    @staticmethod
+    def Assist(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/disagg.v1.NixlReads/Assist',
+            disagg_dot_v1_dot_reads__pb2.AssistRequest.SerializeToString,
+            disagg_dot_v1_dot_reads__pb2.AssistResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)

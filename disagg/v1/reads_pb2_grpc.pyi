@@ -68,3 +68,34 @@ class KVGroupsServicer(metaclass=_abc_1.ABCMeta):
         """Sends blocks of a lease over a group. Each message announces what is sent next."""
 
 def add_KVGroupsServicer_to_server(servicer: KVGroupsServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
+
+class NixlReadsStub:
+    """Reads over NIXL, which are one-sided, but for a fabric without hardware that serves them."""
+
+    @_typing.overload
+    def __new__(cls, channel: _grpc.Channel) -> _Self: ...
+    @_typing.overload
+    def __new__(cls, channel: _aio.Channel) -> NixlReadsAsyncStub: ...
+    Assist: _grpc.UnaryUnaryMultiCallable[_reads_pb2.AssistRequest, _reads_pb2.AssistResponse]
+    """While the call is open, the owner drives its agent. It ends by itself only where that fails."""
+
+@_typing.type_check_only
+class NixlReadsAsyncStub(NixlReadsStub):
+    """Reads over NIXL, which are one-sided, but for a fabric without hardware that serves them."""
+
+    def __init__(self, channel: _aio.Channel) -> None: ...
+    Assist: _aio.UnaryUnaryMultiCallable[_reads_pb2.AssistRequest, _reads_pb2.AssistResponse]  # type: ignore[assignment]
+    """While the call is open, the owner drives its agent. It ends by itself only where that fails."""
+
+class NixlReadsServicer(metaclass=_abc_1.ABCMeta):
+    """Reads over NIXL, which are one-sided, but for a fabric without hardware that serves them."""
+
+    @_abc_1.abstractmethod
+    def Assist(
+        self,
+        request: _reads_pb2.AssistRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_reads_pb2.AssistResponse, _abc.Awaitable[_reads_pb2.AssistResponse]]:
+        """While the call is open, the owner drives its agent. It ends by itself only where that fails."""
+
+def add_NixlReadsServicer_to_server(servicer: NixlReadsServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

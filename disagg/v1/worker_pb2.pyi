@@ -520,6 +520,7 @@ class NixlRegion(_message.Message):
     ADDRESS_FIELD_NUMBER: _builtins.int
     metadata: _builtins.bytes
     address: _builtins.int
+    """Of the first block, in the owner's process."""
     def __init__(
         self,
         *,

@@ -157,8 +157,12 @@ async def test_tiny_pools_preempt_and_still_agree(text_tokens: list[int]) -> Non
     assert [a.token_ids for a in answers] == [a.token_ids for a in expected]
 
 
-@pytest.mark.parametrize(("transport", "used"), [("shm", "shm"), ("grpc", "grpc"), ("nccl", "gloo")])
+@pytest.mark.parametrize(
+    ("transport", "used"), [("shm", "shm"), ("grpc", "grpc"), ("nccl", "gloo"), ("nixl", "nixl")]
+)
 async def test_every_transport_is_exact(transport: str, used: str, text_tokens: list[int]) -> None:
+    if transport == "nixl":
+        pytest.importorskip("nixl", reason="NIXL is not installed")
     prompts = [text_tokens[:length] for length in (1, 17, 64, 200, 500)]
     async with running_cluster({"transfer": {"kv_transport": transport}}) as cluster:
         answers = [await ask(cluster, prompt, max_tokens=8) for prompt in prompts]

@@ -40,7 +40,7 @@ TLS = {"certificate": "c.pem", "key": "k.pem", "ca": "ca.pem"}
         ({"prefill": {"resources": {"GPU": 1}}}, "prefill.resources"),
         ({"router": {"resources": {"slot": 0}}}, "router.resources"),
         ({"transfer": {"kv_transport": "pigeon"}}, "transfer.kv_transport"),
-        ({"transfer": {"kv_transport": "nixl"}}, "kv_transport"),
+        ({"transfer": {"kv_transport": "nixl"}, "tls": TLS}, "kv_transport"),
         ({"transfer": {"kv_transport": "nccl"}, "tls": TLS}, "kv_transport"),
         ({"model": {"quantization": "int3"}}, "model.quantization"),
         ({"decode": {"tensor_parallel_size": 2}}, "tensor_parallel_size"),

@@ -155,7 +155,7 @@ class Gate:
         self.reached = threading.Event()
         self.open = threading.Event()
         self.ended = threading.Event()
-        original = readers._runs
+        original = readers.runs
 
         def held(*args: Any) -> Any:
             for index, run in enumerate(original(*args)):
@@ -165,7 +165,7 @@ class Gate:
                 yield run
             self.ended.set()
 
-        monkeypatch.setattr(readers, "_runs", held)
+        monkeypatch.setattr(readers, "runs", held)
 
 
 SCATTERED = [1, 3, 5, 7]
