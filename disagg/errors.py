@@ -109,6 +109,13 @@ class WorkerLostError(DisaggError):
         self.worker_id = worker_id
 
 
+class RankLostError(DisaggError):
+    """A tensor-parallel rank of this worker died or hangs: no further step can be right, and it must end."""
+
+    type = "rank_lost"
+    grpc_code = "UNAVAILABLE"
+
+
 class KVLostError(DisaggError):
     """Published KV can't be had any more: lease ended, peer gone, or bytes that failed their checksum."""
 

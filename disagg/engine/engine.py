@@ -17,7 +17,7 @@ from disagg.engine.block_pool import BlockEvents, BlockPool
 from disagg.engine.runner import Batch, Runner
 from disagg.engine.scheduler import Reservation, Scheduler, rank
 from disagg.engine.sequence import Sequence, SequenceStatus
-from disagg.errors import InvalidRequestError, OverloadedError
+from disagg.errors import InvalidRequestError, OverloadedError, RankLostError
 from disagg.hashing import BlockHash, chain_root
 from disagg.types import FinishReason, Request, SampledToken, StepOutput, WorkerLoad
 
@@ -202,7 +202,10 @@ class Engine:
         return self._scheduler.has_work()
 
     def step(self, now: float) -> list[StepOutput]:
-        """Expire, schedule, run and account. A runner that fails costs the batch, not the engine."""
+        """Expire, schedule, run and account. A runner that fails costs the batch, not the engine.
+
+        Raises RankLostError where the runner can't compute anything from now on.
+        """
         expired = self.expire(now)
         batch = self.schedule(now)
         if not batch.items:
@@ -210,6 +213,8 @@ class Engine:
         try:
             sampled = self._runner.execute(batch)
             check_result(batch, sampled)
+        except RankLostError:
+            raise
         except Exception as error:
             logger.exception("a step of %d sequences failed", len(batch.items))
             return expired + self.fail(batch, f"{type(error).__name__}: {error}")

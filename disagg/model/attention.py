@@ -105,8 +105,7 @@ def _grouped(singles: list[Chunk], window: int | None, cache: KVCache) -> list[l
 
 def _gather_rows(blocks: npt.NDArray[np.int64], cache: KVCache) -> Tensor:
     """Rows of KVCache.rows for blocks [B, n], in the order [2, B, H, n]."""
-    heads = np.arange(2 * cache.num_kv_heads).reshape(2, 1, cache.num_kv_heads, 1)
-    rows = blocks[None, :, None, :] * cache.rows_per_block + heads
+    rows = blocks[None, :, None, :] * cache.rows_per_block + cache.head_rows[:, None, :, None]
     return torch.from_numpy(rows.reshape(-1)).to(cache.blocks.device)
 
 

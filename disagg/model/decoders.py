@@ -10,7 +10,7 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from disagg.config import EngineConfig, Quantization
+from disagg.config import EngineConfig, Kernels, Quantization
 from disagg.errors import ConfigError
 from disagg.model.config import ModelSpec
 from disagg.model.decode_graphs import Capture
@@ -66,8 +66,8 @@ def choose_decoder(
     needs, can't compute here.
     """
     kernels = config.kernels
-    wanted = kernels if kernels != "auto" else ("native" if _on_cpu(model) else "triton")
-    reason = "kernels: torch was asked for"
+    wanted = _best(model) if kernels == "auto" else kernels
+    reason = "asked for" if kernels == "torch" else "on a CPU, ranks have nothing faster"
     if wanted == "native":
         try:
             return _native(model, quantization)
@@ -84,9 +84,16 @@ def choose_decoder(
         raise ConfigError(f"quantization needs the native CPU kernels: {reason}", param="quantization")
     if kernels not in ("auto", "torch"):
         raise ConfigError(f"kernels: {kernels} is not possible here: {reason}", param="kernels")
-    log.log(logging.INFO if kernels == "torch" else logging.WARNING, "computing with torch: %s", reason)
+    log.log(logging.INFO if wanted == "torch" else logging.WARNING, "computing with torch: %s", reason)
     model.pack()
     return model
+
+
+def _best(model: Transformer) -> Kernels:
+    if not _on_cpu(model):
+        return "triton"
+    # One call computes a whole step there, with no place for other ranks' sums.
+    return "native" if model.group is None else "torch"
 
 
 def _native(model: Transformer, quantization: Quantization | None) -> Decoder:

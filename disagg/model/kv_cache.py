@@ -17,6 +17,7 @@ from torch import Tensor
 from disagg.config import EngineConfig
 from disagg.errors import ConfigError
 from disagg.model.config import ModelSpec
+from disagg.model.shard import Span
 from disagg.types import KVLayout
 
 Buffer = memoryview | npt.NDArray[np.uint8]
@@ -83,7 +84,13 @@ class KVCache:
     and 0 times NaN would still be NaN.
 
     buffer: writable memory of num_blocks * layout.block_bytes bytes that outlives the cache, or None to
-    allocate on `device`. Raises ConfigError where it is read-only or of another size.
+    allocate on `device`. heads: of the layout's, those that this rank has, all by default; then `blocks` is
+    their part of the buffer, which holds those of all ranks in the same order as without any parallelism, and
+    without a buffer no more than theirs is allocated. Raises ConfigError where it is read-only or of another
+    size.
+
+    head_rows: int64 [2, num_kv_heads], where in a layer's rows of one block a head's keys and values are, see
+    rows().
     """
 
     def __init__(
@@ -93,20 +100,26 @@ class KVCache:
         *,
         buffer: Buffer | None = None,
         device: torch.device | str = "cpu",
+        heads: Span | None = None,
     ) -> None:
         self.layout = layout
         self.num_blocks = num_blocks
         self.dtype: torch.dtype = getattr(torch, layout.dtype)
-        self.num_kv_heads = layout.num_kv_heads // layout.tp_size
-        shape = (num_blocks, layout.num_layers, 2, self.num_kv_heads, layout.block_size, layout.head_dim)
+        heads = Span.whole(layout.num_kv_heads) if heads is None else heads
+        self.num_kv_heads = heads.length
+        stored, first = (heads.length, 0) if buffer is None else (heads.total, heads.start)
+        shape = (num_blocks, layout.num_layers, 2, stored, layout.block_size, layout.head_dim)
         if buffer is None:
-            self.blocks = torch.zeros(shape, dtype=self.dtype, device=device)
+            whole = torch.zeros(shape, dtype=self.dtype, device=device)
         else:
-            self.blocks = _over(buffer, num_blocks * layout.block_bytes).view(self.dtype).view(shape)
+            whole = _over(buffer, num_blocks * layout.block_bytes).view(self.dtype).view(shape)
+        self.blocks = whole[:, :, :, first : first + heads.length]
+        self.head_rows = np.array([[0], [stored]]) + np.arange(first, first + heads.length)
+        self.rows_per_block = layout.num_layers * 2 * stored
         # One row is one head's block of keys or of values. A layer's view starts at its first row, so that
         # row and slot numbers computed once per step serve every layer.
-        rows = self.blocks.view(-1, layout.block_size * layout.head_dim)
-        step = 2 * self.num_kv_heads
+        rows = whole.view(-1, layout.block_size * layout.head_dim)
+        step = 2 * stored
         self._rows = [rows[layer * step :] for layer in range(layout.num_layers)]
         self._layers = [self.blocks[:, layer] for layer in range(layout.num_layers)]
 
@@ -114,14 +127,9 @@ class KVCache:
     def block_size(self) -> int:
         return self.layout.block_size
 
-    @property
-    def rows_per_block(self) -> int:
-        """Rows between a block's first row and the next block's, see rows()."""
-        return self.layout.num_layers * 2 * self.num_kv_heads
-
     def rows(self, layer: int) -> Tensor:
-        """View [n, block_size * head_dim] whose row `block * rows_per_block + c * num_kv_heads + head` holds
-        the block's keys (c = 0) or values (c = 1) of one head in this layer.
+        """View [n, block_size * head_dim] whose row `block * rows_per_block + head_rows[c, head]` holds the
+        block's keys (c = 0) or values (c = 1) of one head in this layer.
         """
         return self._rows[layer]
 

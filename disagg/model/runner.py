@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -15,7 +15,11 @@ from disagg.model.config import DTYPES, ModelSpec, read_spec
 from disagg.model.decode_graphs import Capture
 from disagg.model.decoders import BackgroundDecoder, Decoder, choose_decoder
 from disagg.model.kv_cache import Buffer, KVCache, layout, num_blocks_for
+from disagg.model.parallel import RankGroup
+from disagg.model.rank_link import RankSetup
+from disagg.model.ranks import STEP_TIMEOUT_S, ParallelDecoder, RankProcesses
 from disagg.model.sampler import Sampler
+from disagg.model.shard import Shard, check_size
 from disagg.model.step import step_input
 from disagg.model.transformer import Transformer
 from disagg.model.weights import fingerprint
@@ -26,11 +30,15 @@ class ModelRunner:
     """Implements disagg.engine.runner.Runner.
 
     num_blocks, max_model_len: what the engine may use. eos_token_ids: ids that end a sequence unless told
-    otherwise. fingerprint: the checkpoint's identity, under which its KV blocks are hashed.
+    otherwise. fingerprint: the checkpoint's identity, under which its KV blocks are hashed. ranks: the other
+    ranks' processes where `model` leads several, which end with `close`.
     """
 
-    def __init__(self, model: Decoder, kv_cache: KVCache, max_model_len: int) -> None:
+    def __init__(
+        self, model: Decoder, kv_cache: KVCache, max_model_len: int, ranks: RankProcesses | None = None
+    ) -> None:
         self.model = model
+        self.ranks = ranks
         self.spec: ModelSpec = model.spec
         self.kv_cache = kv_cache
         self.layout: KVLayout = kv_cache.layout
@@ -58,7 +66,10 @@ class ModelRunner:
             raise InvalidRequestError("seed must be set by the front end", param="seed")
 
     def execute(self, batch: Batch) -> list[SampledToken | None]:
-        """Compute the batch, write its KV, and draw a token for each item that samples."""
+        """Compute the batch, write its KV, and draw a token for each item that samples.
+
+        Raises RankLostError where another rank is gone; nothing can be computed from then on.
+        """
         if not batch.items:
             return []
         with torch.inference_mode(), _torch_threads(1 if self.model.own_threads else None):
@@ -66,6 +77,11 @@ class ModelRunner:
             sampling = [item.seq for item in batch.items if item.samples]
             drawn = iter(self._sampler.sample(logits, sampling) if sampling else ())
         return [next(drawn) if item.samples else None for item in batch.items]
+
+    def close(self) -> None:
+        """End the processes of other ranks; when this returns there are none."""
+        if self.ranks is not None:
+            self.ranks.close()
 
 
 @contextmanager
@@ -151,6 +167,10 @@ def load_runner(
     num_blocks: int | None = None,
     max_model_len: int | None = None,
     device: torch.device | str = "cpu",
+    tensor_parallel_size: int = 1,
+    buffer_file: tuple[int, int] | None = None,
+    rank_cores: Sequence[tuple[int, ...]] = (),
+    rank_timeout_s: float = STEP_TIMEOUT_S,
 ) -> ModelRunner:
     """Load a checkpoint and give it a KV cache.
 
@@ -159,12 +179,23 @@ def load_runner(
     allocates. num_blocks: overrides the configuration's; pass what plan_cache said, since a fraction of the
     memory may be another number by now. max_model_len: None is the model's, or what the blocks hold if that
     is less.
-    Raises ConfigError naming the field or tensor that can't be used.
+
+    tensor_parallel_size: ranks among which the model is cut, each a process with num_threads threads; the
+    first is this one. buffer_file: descriptor and offset from which they map `buffer`. rank_cores: those on
+    which each rank's threads stay, none for any. rank_timeout_s: longest silence of a rank within a step.
+    Call the runner's `close` at the end.
+
+    Raises ConfigError naming the field or tensor that can't be used, RankLostError where a rank dies.
     """
+    if num_threads is None and tensor_parallel_size > 1:
+        num_threads = max(1, torch.get_num_threads() // tensor_parallel_size)
     if num_threads is not None:
         torch.set_num_threads(num_threads)
     spec = read_spec(folder)
-    if torch.device(device).type == "cuda" and buffer is None:
+    if tensor_parallel_size != 1:
+        check_size(spec, tensor_parallel_size)
+        _check_whole_kernels(engine_config, quantization)
+    if torch.device(device).type == "cuda" and tensor_parallel_size == 1 and buffer is None:
         if num_blocks is not None:
             engine_config = engine_config.model_copy(update={"num_kv_blocks": num_blocks})
         return _load_on_device(
@@ -175,14 +206,50 @@ def load_runner(
     )
     num_blocks = planned if num_blocks is None else num_blocks
     limit = model_len(spec, max_model_len, (num_blocks - 1) * cache_layout.block_size)
-    kv_cache = KVCache(cache_layout, num_blocks, buffer=buffer, device=device)
-    with torch.inference_mode():
-        model = Transformer(spec, dtype=kv_cache.dtype, device=torch.device(device))
-        model.load()
-        decoder = choose_decoder(
-            model, kv_cache, engine_config, max_model_len=limit, quantization=quantization
-        )
-    return runner_over(decoder, kv_cache, limit)
+    heads = Shard(0, tensor_parallel_size).kv_heads(spec)
+    kv_cache = KVCache(cache_layout, num_blocks, buffer=buffer, device=device, heads=heads)
+
+    def load(group: RankGroup | None) -> Decoder:
+        with torch.inference_mode():
+            model = Transformer(spec, dtype=kv_cache.dtype, device=torch.device(device), group=group)
+            model.load()
+            return choose_decoder(
+                model, kv_cache, engine_config, max_model_len=limit, quantization=quantization
+            )
+
+    if tensor_parallel_size == 1:
+        return runner_over(load(None), kv_cache, limit)
+    fd, offset = (None, 0) if buffer_file is None else buffer_file
+    setup = RankSetup(
+        rank=0,
+        size=tensor_parallel_size,
+        port=0,
+        timeout_s=rank_timeout_s,
+        folder=str(folder),
+        model=cache_layout.model,
+        dtype=cache_layout.dtype,
+        engine=engine_config,
+        num_blocks=num_blocks,
+        max_model_len=limit,
+        num_threads=torch.get_num_threads(),
+        device=str(device),
+        buffer_fd=fd,
+        buffer_offset=offset,
+    )
+    return _runner_of_ranks(RankProcesses(setup, rank_cores), load, kv_cache, limit)
+
+
+def _runner_of_ranks(
+    ranks: RankProcesses, load: Callable[[RankGroup], Decoder], kv_cache: KVCache, max_model_len: int
+) -> ModelRunner:
+    """Load this rank's shard while the others load theirs."""
+    try:
+        decoder = load(ranks.join(kv_cache.blocks.device))
+        ranks.begin()
+    except BaseException:
+        ranks.close()
+        raise
+    return ModelRunner(ParallelDecoder(decoder, ranks), kv_cache, max_model_len, ranks)
 
 
 def runner_over(
@@ -220,6 +287,14 @@ def _load_on_device(
     return runner_on_device(
         model, engine_config, cache_layout, quantization=quantization, max_model_len=max_model_len
     )
+
+
+def _check_whole_kernels(engine_config: EngineConfig, quantization: Quantization | None) -> None:
+    """Raise ConfigError for what needs kernels that compute a step in one call: no place for collectives."""
+    if quantization is not None:
+        raise ConfigError("quantization needs tensor_parallel_size 1", param="quantization")
+    if engine_config.kernels == "native":
+        raise ConfigError("kernels: native needs tensor_parallel_size 1", param="kernels")
 
 
 def model_len(spec: ModelSpec, max_model_len: int | None, capacity: int) -> int:

@@ -16,7 +16,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from disagg.errors import ConfigError
@@ -124,12 +123,9 @@ class TritonDecoder:
     def forward(self, step: StepInput, cache: KVCache) -> Tensor:
         """Return float32 logits [S, vocab_size] of step.sample_rows; writes all tokens' KV."""
         if self._graphs is not None and self._graphs.hold(step):
-            return self._logits(self._graphs.replay(step))
+            return self._model.logits(self._graphs.replay(step))
         batch, rows = self._upload(step, cache.block_size)
-        return self._logits(self._hidden(batch, cache).index_select(0, rows))
-
-    def _logits(self, hidden: Tensor) -> Tensor:
-        return self._model.lm_head(hidden).float()
+        return self._model.logits(self._hidden(batch, cache).index_select(0, rows))
 
     def _upload(self, step: StepInput, block_size: int) -> tuple[_DeviceBatch, Tensor]:
         """Bring a step to the device in one copy; return it and its sample_rows."""
@@ -181,7 +177,7 @@ class TritonDecoder:
     def _hidden(self, batch: _DeviceBatch, cache: KVCache) -> Tensor:
         """Return the normed last hidden states [T, hidden_size]; writes all tokens' KV."""
         layers, eps = self._model.layers, self.spec.rms_norm_eps
-        residual = F.embedding(self._token_ids(batch.token_ids), self._model.embed_tokens)
+        residual = self._model.embed(self._token_ids(batch.token_ids))
         x = add_rms_norm(residual, None, layers[0].input_norm.weight, eps)
         following = [layer.input_norm for layer in layers[1:]] + [self._model.norm]
         for layer, norm in zip(layers, following, strict=True):

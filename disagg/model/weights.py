@@ -19,6 +19,7 @@ from torch import Tensor
 
 from disagg.errors import ConfigError
 from disagg.model.config import read_json
+from disagg.model.shard import Span
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -39,19 +40,33 @@ class TensorEntry:
     end: int
 
 
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """Part of a tensor: `span` along dimension `dim`, which is 0 or 1."""
+
+    dim: int
+    span: Span
+
+
 def load_weights(
-    folder: Path, targets: Mapping[str, Tensor], *, ignored: frozenset[str] = frozenset()
+    folder: Path,
+    targets: Mapping[str, Tensor],
+    *,
+    cuts: Mapping[str, Cut] | None = None,
+    ignored: frozenset[str] = frozenset(),
 ) -> None:
     """Copy the checkpoint's tensors into `targets`, which may be views of fused parameters.
 
     One tensor at a time is read through the page cache and converted on the way, so nothing is held twice.
-    ignored: names that may be there and are not read. All names, shapes and dtypes are checked first.
+    cuts: targets that take a part of their tensor; no more than that is read. ignored: names that may be
+    there and are not read. All names, shapes and dtypes are checked first.
     Raises ConfigError naming the tensor that is missing, unknown or of a wrong shape, or the broken file.
     """
     entries = read_headers(folder)
+    cuts = cuts or {}
     _check_names(folder, entries, targets, ignored)
     for name, target in targets.items():
-        _check_entry(name, entries[name], target)
+        _check_entry(name, entries[name], _whole_shape(target, cuts.get(name)))
     by_file: dict[Path, list[str]] = {}
     for name in targets:
         by_file.setdefault(entries[name].file, []).append(name)
@@ -59,9 +74,27 @@ def load_weights(
         try:
             with safe_open(file, framework="pt") as tensors:
                 for name in names:
-                    targets[name].copy_(tensors.get_tensor(name))
+                    targets[name].copy_(_read(tensors, name, cuts.get(name)))
         except (SafetensorError, OSError) as error:
             raise ConfigError(f"{file} can't be read: {error}", param="model") from None
+
+
+def _whole_shape(target: Tensor, cut: Cut | None) -> tuple[int, ...]:
+    shape = list(target.shape)
+    if cut is not None:
+        shape[cut.dim] = cut.span.total
+    return tuple(shape)
+
+
+def _read(tensors: Any, name: str, cut: Cut | None) -> Tensor:
+    part: Tensor
+    if cut is None:
+        part = tensors.get_tensor(name)
+    elif cut.dim == 0:
+        part = tensors.get_slice(name)[cut.span.start : cut.span.end]
+    else:
+        part = tensors.get_slice(name)[:, cut.span.start : cut.span.end]
+    return part
 
 
 def read_headers(folder: Path) -> dict[str, TensorEntry]:
@@ -138,14 +171,14 @@ def _check_names(
         raise ConfigError(f"{folder} has tensors that the model does not: {_some(surplus)}", param=surplus[0])
 
 
-def _check_entry(name: str, entry: TensorEntry, target: Tensor) -> None:
+def _check_entry(name: str, entry: TensorEntry, shape: tuple[int, ...]) -> None:
     if entry.dtype not in FLOAT_BYTES:
         raise ConfigError(
             f"{name} has dtype {entry.dtype}; quantised checkpoints are not supported", param=name
         )
-    if entry.shape != tuple(target.shape):
+    if entry.shape != shape:
         raise ConfigError(
-            f"{name} has shape {list(entry.shape)}, the config asks for {list(target.shape)}", param=name
+            f"{name} has shape {list(entry.shape)}, the config asks for {list(shape)}", param=name
         )
     if entry.end - entry.start != math.prod(entry.shape) * FLOAT_BYTES[entry.dtype]:
         raise ConfigError(f"{entry.file}: the size of {name} does not fit its shape", param=name)

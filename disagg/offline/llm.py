@@ -91,7 +91,8 @@ class LLM:
     are token ids and answers have no text. dtype, quantization, max_model_len,
     block_size, max_num_seqs, max_num_batched_tokens, enable_prefix_caching, kernels: as in the cluster's
     configuration. kv_cache_memory: bytes, or a share of the free memory in (0, 1]. num_threads: cores to
-    compute on, None for as many as torch would use.
+    compute on (of each rank), None for as many as torch would use. tensor_parallel_size: processes among
+    which the model is cut; they end with this object.
 
     Not thread-safe. Raises ConfigError naming the argument that is wrong or does not fit the checkpoint.
     """
@@ -111,6 +112,7 @@ class LLM:
         kernels: Kernels = "auto",
         num_threads: int | None = None,
         device: str = "cpu",
+        tensor_parallel_size: int = 1,
     ) -> None:
         folder = BUNDLED_MODEL if model is None else Path(model)
         if not folder.is_dir():
@@ -136,6 +138,7 @@ class LLM:
             num_threads=num_threads,
             max_model_len=max_model_len,
             device=device,
+            tensor_parallel_size=tensor_parallel_size,
         )
         self._engine = engine_for(
             config.engine,

@@ -1,0 +1,112 @@
+"""The process of a rank other than 0: loads its shard and computes the steps that rank 0 sends.
+
+    python -P -m disagg.model.rank_process FD      FD: its end of the link, see rank_link.py
+
+It ends with the link, so nothing that happens to rank 0 leaves it behind.
+"""
+
+from __future__ import annotations
+
+import logging
+import mmap
+import os
+import signal
+import socket
+import sys
+from pathlib import Path
+
+import torch
+
+from disagg.errors import ConfigError
+from disagg.model.config import read_spec
+from disagg.model.decoders import Decoder, choose_decoder
+from disagg.model.kv_cache import KVCache, layout
+from disagg.model.parallel import RankGroup, join_store
+from disagg.model.rank_link import (
+    Link,
+    LinkClosedError,
+    RankReport,
+    RankSetup,
+    decode_setup,
+    decode_step,
+    encode_report,
+)
+from disagg.model.shard import Shard
+from disagg.model.transformer import Transformer
+
+logger = logging.getLogger(__name__)
+
+# Rank 0 sends the setup before it starts the process.
+SETUP_TIMEOUT_S = 10.0
+
+
+def follow(link: Link) -> None:
+    """Serve one worker as the rank that its setup says, until rank 0 ends the link. Raises nothing."""
+    try:
+        setup = decode_setup(link.receive(SETUP_TIMEOUT_S))
+        decoder, cache = _load(setup, link)
+        link.send(encode_report(RankReport("ready")))
+        with torch.inference_mode():
+            while True:
+                decoder.forward(decode_step(link.receive()), cache)
+    except LinkClosedError:
+        logger.info("rank 0 is gone")
+    except ConfigError as error:
+        _tell(link, RankReport("failed", error.message, error.param))
+    except Exception as error:
+        # Whatever it was, the ranks are out of step now: tell, and end.
+        logger.exception("a rank failed")
+        _tell(link, RankReport("failed", f"{type(error).__name__}: {error}"))
+
+
+def _tell(link: Link, report: RankReport) -> None:
+    try:
+        link.send(encode_report(report))
+    except LinkClosedError:
+        logger.info("rank 0 is gone")
+
+
+def _load(setup: RankSetup, link: Link) -> tuple[Decoder, KVCache]:
+    if setup.cores:
+        os.sched_setaffinity(0, setup.cores)
+    torch.set_num_threads(setup.num_threads)
+    device = torch.device(setup.device)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    spec = read_spec(Path(setup.folder))
+    shard = Shard(setup.rank, setup.size)
+    store = join_store(setup.port, setup.size, timeout_s=setup.timeout_s)
+    link.send(encode_report(RankReport("joining")))
+    group = RankGroup(shard, store, device=device, timeout_s=setup.timeout_s)
+    cache_layout = layout(spec, model=setup.model, dtype=setup.dtype, block_size=setup.engine.block_size)
+    cache = KVCache(
+        cache_layout,
+        setup.num_blocks,
+        buffer=_mapped(setup, setup.num_blocks * cache_layout.block_bytes),
+        device=device,
+        heads=shard.kv_heads(spec),
+    )
+    with torch.inference_mode():
+        model = Transformer(spec, dtype=cache.dtype, device=device, group=group)
+        model.load()
+        return choose_decoder(model, cache, setup.engine, max_model_len=setup.max_model_len), cache
+
+
+def _mapped(setup: RankSetup, num_bytes: int) -> memoryview | None:
+    """Return the worker's KV memory, which rank 0 and this rank share."""
+    if setup.buffer_fd is None:
+        return None
+    memory = mmap.mmap(setup.buffer_fd, 0)
+    os.close(setup.buffer_fd)
+    return memoryview(memory)[setup.buffer_offset :][:num_bytes]
+
+
+def main() -> None:
+    # Ctrl-C goes to all of a terminal's processes; when to end is rank 0's to say.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
+    follow(Link(socket.socket(fileno=int(sys.argv[1])), timeout_s=SETUP_TIMEOUT_S))
+
+
+if __name__ == "__main__":
+    main()
