@@ -113,7 +113,9 @@ class EngineConfig(_Frozen):
 class PoolConfig(_Frozen):
     """One pool of workers.
 
-    threads: compute threads of each; None shares the machine's cores evenly. pin_threads: keep them on cores
+    tensor_parallel_size: ranks of each worker, processes on one node among which its model is cut. threads:
+    compute threads of each rank; None shares the machine's cores evenly. num_cpus,
+    num_gpus, resources: that Ray reserves for each worker, all its ranks together, on one node. pin_threads: keep them on cores
     of their own where so many are free. max_num_batched_tokens, max_prefill_tokens: as in engine, over it; a
     decode pool has DECODE_POOL_PREFILL_TOKENS unless told otherwise. min_replicas, max_replicas: bounds of
     the autoscaler, which are replicas where they are None.
@@ -331,9 +333,12 @@ def _refuse_unavailable(config: ClusterConfig) -> None:
         )
     if transport == "nixl" and find_spec("nixl") is None:
         raise ConfigError("kv_transport: nixl is not installed; install disagg[nixl]", param="kv_transport")
-    if any(config.pool(role).tensor_parallel_size != 1 for role in Role):
+    if config.model.quantization is not None and any(
+        config.pool(role).tensor_parallel_size > 1 for role in Role
+    ):
         raise ConfigError(
-            "tensor_parallel_size: only 1 is available in this version", param="tensor_parallel_size"
+            "quantization: needs tensor_parallel_size 1: its kernels compute a whole step in one call",
+            param="quantization",
         )
 
 

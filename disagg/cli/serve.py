@@ -21,6 +21,7 @@ from disagg.cluster.launch import check_port_free, free_port, start_ray
 from disagg.config import ClusterConfig, expand_dotted, load_config, parse_config
 from disagg.errors import ConfigError
 from disagg.model.config import read_spec
+from disagg.model.shard import check_size
 from disagg.types import Role
 
 console = Console(stderr=True)
@@ -50,7 +51,7 @@ def serve(
     dtype: Annotated[str | None, typer.Option(help="auto, float32, bfloat16 or float16.")] = None,
     quantization: Annotated[str | None, typer.Option(help="Round weights to int8 or int4 (CPU).")] = None,
     tensor_parallel_size: Annotated[
-        int | None, typer.Option("--tensor-parallel-size", "-tp", help="Only 1 in this version.")
+        int | None, typer.Option("--tensor-parallel-size", "-tp", help="Ranks of each worker.")
     ] = None,
     prefill_tp: Annotated[int | None, typer.Option(help="The prefill pool's own -tp.")] = None,
     decode_tp: Annotated[int | None, typer.Option(help="The decode pool's own -tp.")] = None,
@@ -111,7 +112,9 @@ def check(config: ClusterConfig) -> None:
             f"model: no checkpoint in {folder} (a folder with config.json and safetensors is needed)",
             param="model",
         )
-    read_spec(folder)
+    spec = read_spec(folder)
+    for role in Role:
+        check_size(spec, config.pool(role).tensor_parallel_size)
     if config.mixed.replicas == 0 and (config.prefill.replicas == 0 or config.decode.replicas == 0):
         raise ConfigError("prefill and decode need at least one worker each", param="prefill")
     check_port_free(config.frontend.host, config.frontend.port, param="port")

@@ -80,11 +80,12 @@ def slots_of(config: ClusterConfig) -> list[Slot]:
 
 
 def threads_of(config: ClusterConfig, role: Role) -> int:
-    """Return a worker's torch threads: its pool's setting, else an even share of this machine's cores."""
+    """Return the torch threads of a rank: its pool's setting, else an even share of this machine's cores."""
     pool = config.pool(role)
     if pool.threads is not None:
         return pool.threads
-    return max(1, (os.cpu_count() or 1) // max(1, len(slots_of(config))))
+    ranks = sum(config.pool(slot.role).tensor_parallel_size for slot in slots_of(config))
+    return max(1, (os.cpu_count() or 1) // max(1, ranks))
 
 
 class Controller:

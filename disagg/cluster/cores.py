@@ -15,31 +15,36 @@ from pathlib import Path
 
 
 class CoreClaim:
-    """Cores of this machine that are this process's until `close`.
+    """Cores of this machine that are this process's, and its ranks', until `close`.
 
-    cores: as many as were asked for, or none where not so many are free: part of them would be worse than
-    leaving the choice to the kernel.
+    count: for each of `ranks` processes. cores: as many as were asked for in all, or none where not so many
+    are free: part of them would be worse than leaving the choice to the kernel.
     """
 
-    def __init__(self, count: int, folder: Path | None = None) -> None:
+    def __init__(self, count: int, folder: Path | None = None, *, ranks: int = 1) -> None:
         self._files: list[int] = []
         taken: list[int] = []
         usable = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
         directory = folder or _folder()
         for core in usable:
-            if len(taken) == count:
+            if len(taken) == count * ranks:
                 break
             if directory is not None and self._lock(directory / str(core)):
                 taken.append(core)
-        if len(taken) < count:
+        if len(taken) < count * ranks:
             self.close()
             taken = []
-        self.cores = frozenset(taken)
+        self._count = count
+        self.cores = tuple(taken)
+
+    def rank_cores(self, rank: int) -> tuple[int, ...]:
+        """Return one rank's own cores, none where there are none."""
+        return self.cores[rank * self._count :][: self._count]
 
     def pin_thread(self) -> None:
-        """Keep the calling thread, and threads that it starts, on the cores; does nothing without any."""
+        """Keep the calling thread, and those that it starts, on the first rank's cores, if there are any."""
         if self.cores:
-            os.sched_setaffinity(0, self.cores)
+            os.sched_setaffinity(0, self.rank_cores(0))
 
     @contextmanager
     def pinned(self) -> Iterator[None]:

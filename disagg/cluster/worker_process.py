@@ -42,7 +42,7 @@ STOP_GRACE_S = 0.5
 
 @dataclass(frozen=True, slots=True)
 class WorkerSpec:
-    """What a worker is told when it starts. threads: threads that compute."""
+    """What a worker is told when it starts. threads: threads that compute, of each rank."""
 
     worker_id: str
     role: Role
@@ -59,14 +59,16 @@ class WorkerProcess:
         self._spec = spec
         self._router_address = router_address
         self.incarnation = uuid.uuid4().hex
-        self._cores = CoreClaim(spec.threads if spec.config.pool(spec.role).pin_threads else 0)
+        pool = spec.config.pool(spec.role)
+        self._num_ranks = pool.tensor_parallel_size
+        self._cores = CoreClaim(spec.threads if pool.pin_threads else 0, ranks=self._num_ranks)
 
     async def start(self) -> WorkerInfo:
         """Load the model, open the port, join the router. Raises ConfigError where that can't be."""
         spec = self._spec
         self._tls = load_tls(spec.config.tls)
         segment, runner = await asyncio.to_thread(self._load)
-        self._segment = segment
+        self._segment, self._runner = segment, runner
         self._server = cluster_server(spec.secret)
         port = listen(self._server, f"{spec.host}:0", self._tls)
         self.info = self._describe(runner, f"{spec.host}:{port}")
@@ -84,6 +86,8 @@ class WorkerProcess:
         await self._server.start()
         await self._publisher.listen(spec.host)
         self.worker.start()
+        if runner.ranks is not None:
+            runner.ranks.on_lost(self.worker.fail)
         await self._membership.start(self.info)
         return self.info
 
@@ -95,7 +99,7 @@ class WorkerProcess:
         layout, num_blocks = plan_cache(
             read_spec(model.folder), engine_config, dtype=model.dtype, quantization=model.quantization
         )
-        segment = SharedSegment.create(num_blocks, layout.block_bytes)
+        segment = SharedSegment.create(num_blocks, layout.block_bytes, seal=False)
         # The model's threads start here, and stay on the cores on which this one is pinned meanwhile.
         with self._cores.pinned():
             runner = load_runner(
@@ -107,7 +111,11 @@ class WorkerProcess:
                 buffer=segment.buffer,
                 num_blocks=num_blocks,
                 max_model_len=model.max_model_len,
+                tensor_parallel_size=self._num_ranks,
+                buffer_file=segment.file,
+                rank_cores=[self._cores.rank_cores(rank) for rank in range(self._num_ranks)],
             )
+        segment.seal()
         return segment, runner
 
     def _profile(self, engine: Engine) -> None:
@@ -213,5 +221,6 @@ class WorkerProcess:
         await self._puller.close()
         await self._transports.close()
         await self._publisher.close()
+        await asyncio.to_thread(self._runner.close)
         self._segment.close()
         self._cores.close()

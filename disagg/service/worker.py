@@ -212,6 +212,10 @@ class Worker(worker_pb2_grpc.WorkerServicer):
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
+    def fail(self, error: Exception) -> None:
+        """End `stopped` with what the runner found out between steps; from any thread."""
+        self._to_loop(self._set_stopped, error)
+
     def on_lease_ended(self, request_id: str) -> None:
         """Give the blocks of published KV back; the publisher calls this once per lease, on the loop."""
         self._forget(request_id)

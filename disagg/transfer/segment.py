@@ -58,8 +58,11 @@ class SharedSegment:
         self.canary = self.rows[num_blocks]
 
     @classmethod
-    def create(cls, num_blocks: int, block_bytes: int) -> SharedSegment:
-        """Return a new segment. Raises ConfigError naming a size that is not positive or can't be had."""
+    def create(cls, num_blocks: int, block_bytes: int, *, seal: bool = True) -> SharedSegment:
+        """Return a new segment. Raises ConfigError naming a size that is not positive or can't be had.
+
+        seal: False leaves it to `seal`, until when this worker's other processes may map it writable.
+        """
         for name, value in (("num_blocks", num_blocks), ("block_bytes", block_bytes)):
             if value < 1:
                 raise ConfigError(f"{name} must be positive, got {value}", param=name)
@@ -68,7 +71,9 @@ class SharedSegment:
         try:
             os.ftruncate(fd, size)
             memory = mmap.mmap(fd, size)
-            _seal(fd)
+            fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _FIXED_SIZE)
+            if seal:
+                _seal(fd)
         except (OSError, OverflowError) as error:
             os.close(fd)
             message = f"{size} bytes of shared memory can't be had: {error}"
@@ -81,6 +86,18 @@ class SharedSegment:
     def buffer(self) -> memoryview:
         """The blocks as one flat writable buffer, for whoever builds tensors over it."""
         return self.blocks.reshape(-1).data
+
+    @property
+    def file(self) -> tuple[int, int]:
+        """Descriptor and offset from which this worker's processes map `buffer`. KVLostError after close."""
+        if self._fd is None:
+            raise KVLostError("the KV segment is closed")
+        return self._fd, mmap.PAGESIZE
+
+    def seal(self) -> None:
+        """Let nobody else map it writable from now on: call it before any peer may know of it."""
+        if self._fd is not None:
+            _seal(self._fd)
 
     def describe(self) -> worker_pb2.SharedSegment:
         """Return what a peer needs to map the segment. Raises KVLostError after close."""
@@ -152,7 +169,6 @@ def host_id() -> str:
 
 
 def _seal(fd: int) -> None:
-    fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _FIXED_SIZE)
     # Our mapping stays writable and no further one can be. Kernels before 5.1 don't know this seal; there
     # it is only the peers' own O_RDONLY.
     with contextlib.suppress(OSError):

@@ -43,7 +43,8 @@ TLS = {"certificate": "c.pem", "key": "k.pem", "ca": "ca.pem"}
         ({"transfer": {"kv_transport": "nixl"}, "tls": TLS}, "kv_transport"),
         ({"transfer": {"kv_transport": "nccl"}, "tls": TLS}, "kv_transport"),
         ({"model": {"quantization": "int3"}}, "model.quantization"),
-        ({"decode": {"tensor_parallel_size": 2}}, "tensor_parallel_size"),
+        ({"decode": {"tensor_parallel_size": 0}}, "decode.tensor_parallel_size"),
+        ({"decode": {"tensor_parallel_size": 2}, "model": {"quantization": "int8"}}, "quantization"),
     ],
 )
 def test_bad_values_are_named(data: dict[str, Any], param: str) -> None:

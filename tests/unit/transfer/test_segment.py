@@ -130,6 +130,21 @@ def test_size_is_sealed_and_nobody_else_can_map_it_writable(segment: SharedSegme
     assert segment.blocks[0, 0] == 1
 
 
+def test_own_processes_map_it_writable_until_it_is_sealed() -> None:
+    segment = SharedSegment.create(2, 4096, seal=False)
+    fd, offset = segment.file
+    memory = mmap.mmap(fd, 0)
+    segment.seal()
+    with pytest.raises(PermissionError):
+        mmap.mmap(fd, 0)
+    memory[offset + 4096] = 7
+    assert segment.blocks[1, 0] == 7 and segment.buffer[4096] == 7
+    memory.close()
+    segment.close()
+    with pytest.raises(KVLostError):
+        assert segment.file
+
+
 def test_peer_sees_what_the_owner_writes_and_cannot_write(owner: Owner) -> None:
     peer = map_peer(owner.description, 8, 4096)
     assert [int(row[0]) for row in peer.rows[:8]] == list(range(1, 9))
