@@ -114,11 +114,11 @@ class PoolConfig(_Frozen):
     """One pool of workers.
 
     tensor_parallel_size: ranks of each worker, processes on one node among which its model is cut. threads:
-    compute threads of each rank; None shares the machine's cores evenly. num_cpus,
-    num_gpus, resources: that Ray reserves for each worker, all its ranks together, on one node. pin_threads: keep them on cores
-    of their own where so many are free. max_num_batched_tokens, max_prefill_tokens: as in engine, over it; a
+    compute threads of each rank; None shares the machine's cores evenly. pin_threads: keep them on cores of
+    their own where so many are free. max_num_batched_tokens, max_prefill_tokens: as in engine, over it; a
     decode pool has DECODE_POOL_PREFILL_TOKENS unless told otherwise. min_replicas, max_replicas: bounds of
-    the autoscaler, which are replicas where they are None.
+    the autoscaler, which are replicas where they are None. num_cpus, num_gpus, resources: that Ray reserves
+    for each worker, all its ranks together, on one node.
     """
 
     replicas: int = Field(1, ge=0, le=10_000)
