@@ -11,6 +11,16 @@ from disagg.sim.planner.space import Plan, PoolPlan, Space
 from disagg.types import Role
 
 _HEAD = "# Written by `disagg plan`: {plan}\n"
+# How NVIDIA's GPU feature discovery labels nodes. Without it a pool might run on another pool's kind.
+_PRODUCTS = {
+    "a100-80gb": "NVIDIA-A100-SXM4-80GB",
+    "h100-80gb": "NVIDIA-H100-80GB-HBM3",
+    "h200-141gb": "NVIDIA-H200",
+    "b200-180gb": "NVIDIA-B200",
+    "l4-24gb": "NVIDIA-L4",
+    "l40s-48gb": "NVIDIA-L40S",
+}
+_AMD = {"mi300x-192gb"}
 
 
 def cluster_file(space: Space, plan: Plan) -> str:
@@ -46,10 +56,16 @@ def helm_values(plan: Plan) -> str:
 
 
 def _chart_pool(pool: PoolPlan, nodes: int) -> dict[str, Any]:
+    hardware = pool.shape.hardware
+    gpu: dict[str, Any] = {"enabled": True}
+    if hardware in _PRODUCTS:
+        gpu["product"] = _PRODUCTS[hardware]
+    elif hardware in _AMD:
+        gpu["resourceName"] = "amd.com/gpu"
     return {
         "replicas": pool.replicas * nodes,
         "tensorParallelSize": pool.shape.tensor_parallel,
-        "gpu": {"enabled": True},
+        "gpu": gpu,
     }
 
 
