@@ -40,6 +40,9 @@ Quantization = Literal["int8", "int4"]
 Kernels = Literal["auto", "native", "triton", "torch"]
 
 
+_Positive = Annotated[float, Field(gt=0)]
+
+
 class _Frozen(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -240,14 +243,49 @@ class FrontendConfig(_Frozen):
         return self.model_copy(update={"api_key": key, "api_key_file": None})
 
 
+class TierConfig(_Frozen):
+    """What a request gets that names this service tier. priority: added to its own; lower is served first."""
+
+    ttft_s: float | None = Field(None, gt=0)
+    tpot_s: float | None = Field(None, gt=0)
+    priority: int = Field(0, ge=-1000, le=1000)
+
+
 class SLOConfig(_Frozen):
     """Objectives of requests that name none; without one, a request counts as neither met nor missed.
 
-    ttft_s: time to first token. tpot_s: mean time per output token after it.
+    ttft_s: time to first token. tpot_s: mean time per output token after it. tiers: by `service_tier`; what a
+    tier leaves out is as for all.
     """
 
     ttft_s: float | None = Field(None, gt=0)
     tpot_s: float | None = Field(None, gt=0)
+    tiers: dict[Literal["default", "flex", "scale", "priority", "fast"], TierConfig] = {}
+
+    def of_tier(self, name: str) -> TierConfig:
+        """Return a tier's objectives with the common ones where it has none."""
+        tier = {str(key): value for key, value in self.tiers.items()}.get(name, TierConfig())
+        ttft_s = self.ttft_s if tier.ttft_s is None else tier.ttft_s
+        tpot_s = self.tpot_s if tier.tpot_s is None else tier.tpot_s
+        return TierConfig(ttft_s=ttft_s, tpot_s=tpot_s, priority=tier.priority)
+
+
+class AdmissionConfig(_Frozen):
+    """Who is served when not all can be; see disagg.routing.admission. Times in seconds.
+
+    max_queue: requests that wait at the router for their turn. max_wait_s: a request that would wait longer
+    is refused, objective or not; tier_max_wait_s: the same by service tier. backlog_s: work that a worker is
+    given ahead of its turn. reserve: share of what an objective allows that is kept from tenants who have
+    had more than their share while others ask too. tenant_weights: by cache_salt; others have 1.
+    """
+
+    enabled: bool = True
+    max_queue: int = Field(1024, ge=1, le=100_000)
+    max_wait_s: float = Field(30.0, gt=0)
+    tier_max_wait_s: dict[Literal["default", "flex", "scale", "priority", "fast"], _Positive] = {}
+    backlog_s: float = Field(0.25, ge=0)
+    reserve: float = Field(0.3, ge=0, lt=1)
+    tenant_weights: dict[str, _Positive] = {}
 
 
 class MetricsConfig(_Frozen):
@@ -292,6 +330,7 @@ class ClusterConfig(_Frozen):
     frontend: FrontendConfig = FrontendConfig()
     network: NetworkConfig = NetworkConfig()
     slo: SLOConfig = SLOConfig()
+    admission: AdmissionConfig = AdmissionConfig()
     metrics: MetricsConfig = MetricsConfig()
     tracing: TracingConfig = TracingConfig()
 

@@ -50,7 +50,9 @@ class RouterActor:
         async with self._lock:
             if self._address is None:
                 tls = load_tls(self._config.tls)
-                self._server = RouterServer(self._config.router, self._secret, tls=tls)
+                self._server = RouterServer(
+                    self._config.router, self._secret, tls=tls, admission=self._config.admission
+                )
                 self._address = await self._server.start(listen_address(self._host))
         return self._address
 

@@ -43,13 +43,16 @@ class WorkerCosts:
     take lately; bare_step_s: without that; idle_step_s: were nobody else here; sequence_s: what a further
     sequence adds. place_s: wait of a sequence for a place in the batch and for blocks.
     pull: coefficients of a pull. links: hand-offs that occupy the worker's link. fitted: whether all this is
-    measured. queued, sequences: what it was worked out for.
+    measured; prefill_fitted, decode_fitted: whether that part is. queued, sequences: what it is worked out
+    for.
     """
 
     prefill: Coefficients = DEFAULT_PREFILL
     decode: Coefficients = DEFAULT_DECODE
     pull: Coefficients = DEFAULT_PULL
     fitted: bool = False
+    prefill_fitted: bool = False
+    decode_fitted: bool = False
     budget: int = 512
     beside_streams: int = 512
     max_seqs: int = 1

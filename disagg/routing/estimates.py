@@ -34,7 +34,7 @@ def predict(
         tpot=step_s + stall / gaps,
         later_tpot=max(on_decode.idle_step_s, step_s - ended_by(ttft, on_decode, view)) + stall / gaps,
         idle_tpot=on_decode.idle_step_s + (stall - on_decode.place_s) / gaps,
-        fitted=on_prefill.fitted and on_decode.fitted,
+        fitted=on_prefill.prefill_fitted and on_decode.decode_fitted,
     )
 
 

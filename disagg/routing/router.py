@@ -13,10 +13,11 @@ from disagg.config import RouterConfig
 from disagg.errors import InvalidRequestError
 from disagg.routing.assumptions import Assumptions
 from disagg.routing.charges import Charge
+from disagg.routing.choice import Choice
 from disagg.routing.estimates import predict
 from disagg.routing.policies import Policy, make_policy
 from disagg.routing.prefix_index import PrefixIndex
-from disagg.routing.types import Placement, PlacementRequest, WorkerReport
+from disagg.routing.types import Placement, PlacementRequest, Prediction, WorkerReport
 from disagg.routing.view import ClusterView
 
 # No request lives this long; a charge that does has lost its front end's word.
@@ -58,12 +59,25 @@ class Router:
         Raises NoCapacityError where no worker takes requests, InvalidRequestError naming `prompt` where
         none that lives could take it.
         """
+        choice, prediction = self.consider(request)
+        return self.commit(request, choice, prediction, now)
+
+    def consider(self, request: PlacementRequest, policy: Policy | None = None) -> tuple[Choice, Prediction]:
+        """Return where the request would run and what to expect of that, without charging it.
+
+        policy: in place of the router's own. Raises as `place`.
+        """
         if request.num_tokens < 1:
             raise InvalidRequestError("the prompt has no tokens", param="prompt")
         # A retry's earlier charge must not count against the workers that it is now weighed on.
         self.finished(request.request_id)
-        choice = self.policy.choose(request, self.view, self.index, self._rng)
-        prediction = predict(request, self.view, choice.prefill, choice.decode, choice.depths)
+        choice = (policy or self.policy).choose(request, self.view, self.index, self._rng)
+        return choice, predict(request, self.view, choice.prefill, choice.decode, choice.depths)
+
+    def commit(
+        self, request: PlacementRequest, choice: Choice, prediction: Prediction, now: float
+    ) -> Placement:
+        """Charge a request where `consider` would have it, at once: a choice does not outlive its view."""
         placement = choice.placement(request, self.view, self.policy.name, prediction)
         charge, ended = self.view.charge(
             request, choice.prefill, choice.decode, choice.depths, now, prediction

@@ -53,7 +53,7 @@ class Prediction:
     idle worker. stall: from the first token to decode's first step (transfer, and the wait for a place).
     tpot: between tokens, the stall spread over them. later_tpot: the same by the time that prefill is done;
     idle_tpot: were the decode worker idle.
-    fitted: whether it rests on measured steps of both workers, or on defaults.
+    fitted: whether it rests on measured steps of both workers, each of its phase, or on defaults.
     """
 
     ttft: float

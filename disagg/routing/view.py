@@ -185,6 +185,7 @@ class ClusterView:
     def _set_prices(costs: WorkerCosts, predictor: Predictor) -> None:
         costs.prefill, costs.decode = predictor.prefill.coefficients, predictor.decode.coefficients
         costs.pull, costs.fitted = predictor.pull.coefficients, predictor.fitted
+        costs.prefill_fitted, costs.decode_fitted = predictor.prefill.fitted, predictor.decode.fitted
 
     def costs(self, slot: int) -> WorkerCosts:
         """Return the present prices of one worker; read only."""

@@ -17,9 +17,10 @@ import time
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import ExitStack, aclosing
 from dataclasses import dataclass, field
+from hashlib import sha256
 from typing import TypeVar
 
-from disagg.config import SLOConfig
+from disagg.config import SLOConfig, TierConfig
 from disagg.errors import (
     DeadlineExceededError,
     DisaggError,
@@ -35,6 +36,7 @@ from disagg.service.generation import GenerationRequest
 from disagg.service.metrics import FrontendMetrics
 from disagg.service.router_client import RouterClient
 from disagg.service.timeline import Attempt, Timeline, Transfer
+from disagg.service.wire_router import MAX_ID_CHARS
 from disagg.service.worker_pool import RequestStream, WorkerPool
 from disagg.types import FinishReason, KVHandle, Request, StepOutput
 from disagg.v1 import worker_pb2
@@ -101,6 +103,7 @@ class Orchestrator:
         self._metrics = metrics
         self._max_resumes = max_resumes
         self._slo = slo or SLOConfig()
+        self._tiers: dict[str, TierConfig] = {}
         self._on_end = on_end
         self._clock = clock
 
@@ -161,19 +164,26 @@ class Orchestrator:
         hashes = block_hashes(story.tokens, self._model.block_size, root)
         room = self._model.max_model_len - len(request.prompt_token_ids)
         limit = room if request.params.max_tokens is None else min(room, request.params.max_tokens)
+        asked = self._clock()
         slo_ttft_s, slo_tpot_s = self._objectives(request)
+        if slo_ttft_s is not None:
+            # What is left of it: reading the request took its time too.
+            slo_ttft_s = max(0.001, slo_ttft_s - (asked - story.timeline.arrived))
         wanted = PlacementRequest(
             request_id=request.request_id,
             frontend_id=self._frontend_id,
             num_tokens=len(story.tokens),
             max_new_tokens=max(1, limit - story.num_output_tokens),
             block_hashes=tuple(short_hash(item) for item in hashes),
-            priority=request.priority,
+            priority=self._priority(request),
             slo_ttft_s=slo_ttft_s,
             slo_tpot_s=slo_tpot_s,
             excluded=tuple(story.lost),
+            tenant=_tenant_of(request.cache_salt),
+            service_tier=request.service_tier,
+            timeout_s=max(0.001, story.deadline - asked),
+            resumed=bool(story.lost),
         )
-        asked = self._clock()
         placement = await self._before_deadline(story, self._router.place(wanted))
         story.timeline.attempts.append(
             Attempt(
@@ -189,14 +199,23 @@ class Orchestrator:
 
     def _objectives(self, request: GenerationRequest) -> tuple[float | None, float | None]:
         """Return the request's TTFT and TPOT objectives in seconds, where it has them."""
-        ttft, tpot = request.slo_ttft_s, request.slo_tpot_s
-        return (self._slo.ttft_s if ttft is None else ttft, self._slo.tpot_s if tpot is None else tpot)
+        ttft, tpot, tier = request.slo_ttft_s, request.slo_tpot_s, self._tier(request.service_tier)
+        return (tier.ttft_s if ttft is None else ttft, tier.tpot_s if tpot is None else tpot)
+
+    def _priority(self, request: GenerationRequest) -> int:
+        return request.priority + self._tier(request.service_tier).priority
+
+    def _tier(self, name: str) -> TierConfig:
+        known = self._tiers.get(name)
+        if known is None:
+            known = self._tiers[name] = self._slo.of_tier(name)
+        return known
 
     async def _attempt(self, story: _Story, placement: Placement) -> AsyncGenerator[StepOutput, None]:
         """Run the request on one placement until it ends or a worker is lost."""
         prefill_id, decode_id = placement.prefill_worker, placement.decode_worker
         key = b"" if prefill_id == decode_id else secrets.token_bytes(wire.KEY_BYTES)
-        submit = self._submission(story, hold_key=key)
+        submit = self._submission(story, hold_key=key, lag_s=placement.lag_s)
         with ExitStack() as on_prefill:
             prefill = on_prefill.enter_context(self._workers.open(prefill_id, submit))
             while True:
@@ -229,18 +248,18 @@ class Orchestrator:
                     return
 
     def _submission(
-        self, story: _Story, *, hold_key: bytes = b"", handle: KVHandle | None = None
+        self, story: _Story, *, hold_key: bytes = b"", handle: KVHandle | None = None, lag_s: float = 0.0
     ) -> worker_pb2.Submit:
         """Return the next attempt under an id of its own: a worker may still be busy ending the last one."""
         story.attempts += 1
         now, objective = self._clock(), self._objectives(story.request)[0]
-        due_s = None if objective is None else max(0.001, objective - (now - story.timeline.arrived))
+        due_s = None if objective is None else max(0.001, objective + lag_s - (now - story.timeline.arrived))
         request = Request(
             request_id=f"{story.request.request_id}#{story.attempts}",
             token_ids=story.tokens,
             num_prompt_tokens=len(story.request.prompt_token_ids),
             params=story.request.params,
-            priority=story.request.priority,
+            priority=self._priority(story.request),
             cache_salt=story.request.cache_salt,
             slo_ttft_s=due_s,
         )
@@ -329,6 +348,11 @@ class Orchestrator:
         for name, value, objective in zip(("ttft", "tpot"), (parts.ttft, tpot), objectives, strict=True):
             if objective is not None and value is not None:
                 metrics.slo.labels(name, str(value <= objective).lower()).inc()
+
+
+def _tenant_of(cache_salt: str) -> str:
+    """Return whom a request counts against: who shares no cache with others shares no queue either."""
+    return cache_salt if len(cache_salt) <= MAX_ID_CHARS else sha256(cache_salt.encode()).hexdigest()
 
 
 def _outcome_of(error: DisaggError) -> str:

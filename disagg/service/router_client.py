@@ -122,7 +122,10 @@ class RouterClient:
     # -- requests ------------------------------------------------------------------------------------
 
     async def place(self, request: PlacementRequest) -> Placement:
-        """Decide where a request runs. Raises NoCapacityError, InvalidRequestError or OverloadedError."""
+        """Decide where a request runs, which may have to wait for its turn.
+
+        Raises NoCapacityError, InvalidRequestError, OverloadedError or DeadlineExceededError.
+        """
         try:
             placement = await self._ask(request)
         except _RouterAway:
@@ -133,9 +136,19 @@ class RouterClient:
     async def _ask(self, request: PlacementRequest) -> Placement:
         if self._stub is None or self._settles_at is not None:
             raise _RouterAway
-        message = wire.request_to_proto(request)
+        message, stub = wire.request_to_proto(request), self._stub
+        answer = await self._call_place(stub, message)
+        while answer.waiting:
+            if self._stub is not stub:
+                raise _RouterAway
+            answer = await self._call_place(stub, message)
+        return wire.placement_from_proto(answer)
+
+    async def _call_place(
+        self, stub: router_pb2_grpc.RouterAsyncStub, message: router_pb2.PlaceRequest
+    ) -> router_pb2.PlaceResponse:
         try:
-            answer = await self._stub.Place(message, timeout=PLACE_TIMEOUT_S, metadata=self._metadata)
+            return await stub.Place(message, timeout=PLACE_TIMEOUT_S, metadata=self._metadata)
         except asyncio.CancelledError:
             if cancelled_from_outside():
                 raise
@@ -146,7 +159,6 @@ class RouterClient:
                 raise InvalidRequestError(error.details() or "the router refused the request") from None
             logger.warning("placing on the last view: %s: %s", error.code().name, error.details())
             raise _RouterAway from None
-        return wire.placement_from_proto(answer)
 
     def _place_alone(self, request: PlacementRequest) -> Placement:
         decided = self._local.place(request, self._clock())

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
+from disagg.routing.admission import Reason
 from disagg.types import Role, WorkerState, WorkerStatus
 
 # A decision takes tens of microseconds with a few workers and some hundred with thousands.
@@ -51,12 +52,33 @@ class RouterMetrics:
             buckets=ERROR_BUCKETS,
             registry=self.registry,
         )
+        self._refusals = Counter(
+            "disagg_router_refusals",
+            "Requests that admission did not let in, by reason.",
+            ("reason",),
+            registry=self.registry,
+        )
+        for reason in Reason:
+            self._refusals.labels(reason.value)
+        self._queue = Gauge(
+            "disagg_router_queue_requests",
+            "Requests that wait at the router for their turn.",
+            registry=self.registry,
+        )
         self._counted: Tally[tuple[str, str]] = Tally()
+        self._refused: Tally[Reason] = Tally()
 
     def observe_errors(self, errors: Iterable[tuple[str, float]]) -> None:
         """Count relative errors of "ttft" and "tpot", negative where it took longer than predicted."""
         for what, error in errors:
             self._error.labels(what).observe(error)
+
+    def observe_admission(self, refused: Mapping[Reason, int], num_waiting: int) -> None:
+        """Take over how many requests were refused so far, and how many wait."""
+        for reason, total in refused.items():
+            self._refusals.labels(reason.value).inc(total - self._refused[reason])
+            self._refused[reason] = total
+        self._queue.set(num_waiting)
 
     def exposition(
         self,

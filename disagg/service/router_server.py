@@ -23,14 +23,16 @@ from typing import Any
 import grpc
 import grpc.aio
 
-from disagg.config import RouterConfig
+from disagg.config import AdmissionConfig, RouterConfig
 from disagg.errors import DisaggError, InvalidRequestError
+from disagg.routing.admission import Admission
 from disagg.routing.router import Router
 from disagg.routing.types import WorkerReport
 from disagg.rpc import cluster_server, listen
 from disagg.service import wire_router as wire
 from disagg.service.gathering import Gathering
 from disagg.service.router_metrics import RouterMetrics
+from disagg.service.waiting_room import WaitingRoom
 from disagg.tls import ClusterTLS
 from disagg.types import WorkerInfo
 from disagg.v1 import router_pb2, router_pb2_grpc, worker_pb2
@@ -70,8 +72,11 @@ class RouterServer(router_pb2_grpc.RouterServicer):
         *,
         rng: random.Random | None = None,
         tls: ClusterTLS | None = None,
+        admission: AdmissionConfig | None = None,
     ) -> None:
         self.router = Router(config, rng or random.Random())
+        self.admission = Admission(admission or AdmissionConfig(), self.router)
+        self._room = WaitingRoom(self.admission)
         self.incarnation = uuid.uuid4().hex
         self._config = config
         self._secret = secret
@@ -118,17 +123,24 @@ class RouterServer(router_pb2_grpc.RouterServicer):
         except InvalidRequestError as error:
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, error.message)
         started = self._clock()
-        try:
-            placement = self.router.place(wanted, started)
-        except DisaggError as error:
-            return wire.placement_error_to_proto(error)
-        self._metrics.decision.observe(self._clock() - started)
         if wanted.frontend_id not in self._frontends:
             self._unattached.setdefault(wanted.frontend_id, started)
-        return wire.placement_to_proto(placement)
+        try:
+            placement = self._room.enter(wanted, started)
+            self._metrics.decision.observe(self._clock() - started)
+            if placement is None:
+                placement = await self._room.wait(wanted.request_id)
+        except DisaggError as error:
+            return wire.placement_error_to_proto(error)
+        return (
+            router_pb2.PlaceResponse(waiting=True)
+            if placement is None
+            else wire.placement_to_proto(placement)
+        )
 
     async def Scrape(self, request: worker_pb2.ScrapeRequest, context: Context) -> worker_pb2.ScrapeResponse:
         self._metrics.observe_errors(self.router.take_errors())
+        self._metrics.observe_admission(self.admission.refused, len(self.admission.queue))
         exposition = self._metrics.exposition(
             self.router.view.workers, self.router.counters, self.num_frontends
         )
@@ -190,6 +202,7 @@ class RouterServer(router_pb2_grpc.RouterServicer):
         if self.router.worker_report(report, self._clock()):
             peer.want_snapshot = True
             peer.wake.set()
+        self._room.settle(self._clock())
         self._announce()
 
     def _take_over(self, peer: _Peer, worker_id: str) -> None:
@@ -206,6 +219,7 @@ class RouterServer(router_pb2_grpc.RouterServicer):
         del self._workers[info.worker_id]
         logger.warning("worker %s (%s) left", info.worker_id, info.incarnation)
         self.router.worker_left(info.worker_id, info.incarnation)
+        self._room.settle(self._clock())
         self._announce()
 
     def _membership(self, peer: _Peer) -> router_pb2.Membership:
@@ -232,7 +246,8 @@ class RouterServer(router_pb2_grpc.RouterServicer):
         finally:
             if attached and self._frontends.get(attached[0]) is peer:
                 del self._frontends[attached[0]]
-                self.router.frontend_left(attached[0])
+                self._room.frontend_left(attached[0])
+                self._room.settle(self._clock())
 
     def _on_events(self, peer: _Peer, attached: list[str], message: router_pb2.FrontendReport) -> None:
         if not attached:
@@ -249,13 +264,15 @@ class RouterServer(router_pb2_grpc.RouterServicer):
             raise InvalidRequestError(f"at most {wire.MAX_REQUEST_EVENTS} events at once", param="events")
         for answer in message.answers:
             self._gathering.answer(attached[0], answer.number, answer.body)
+        now = self._clock()
         for event in message.events:
             if event.kind == router_pb2.RequestEvent.KIND_PREFILLED:
-                self.router.prefilled(event.request_id, self._clock())
+                self._room.prefilled(event.request_id, now)
             elif event.kind == router_pb2.RequestEvent.KIND_FINISHED:
-                self.router.finished(event.request_id, self._clock(), max(0, event.num_tokens))
+                self._room.finished(event.request_id, now, max(0, event.num_tokens))
             else:
                 raise InvalidRequestError("unknown kind of event", param="events.kind")
+        self._room.settle(now)
 
     def _cluster_view(self, peer: _Peer) -> router_pb2.ClusterView:
         view = self.router.view
@@ -344,10 +361,11 @@ class RouterServer(router_pb2_grpc.RouterServicer):
         while True:
             await asyncio.sleep(self._config.heartbeat_s)
             now = self._clock()
-            for worker_id in self.router.sweep(now):
+            for worker_id in self.admission.sweep(now):
                 logger.warning("worker %s has been silent for too long", worker_id)
             for frontend_id, since in list(self._unattached.items()):
                 if now - since > self._config.dead_after_s:
                     del self._unattached[frontend_id]
-                    self.router.frontend_left(frontend_id)
+                    self._room.frontend_left(frontend_id)
+            self._room.settle(now)
             self._announce()

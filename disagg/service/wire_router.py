@@ -291,4 +291,6 @@ def _placement_error(message: router_pb2.PlaceResponse) -> DisaggError:
         return InvalidRequestError(message.error, param="prompt", code="context_length_exceeded")
     if message.error_type == errors.NoCapacityError.__name__:
         return errors.NoCapacityError(message.error)
+    if message.error_type == errors.DeadlineExceededError.__name__:
+        return errors.DeadlineExceededError(message.error)
     return DisaggError(message.error)

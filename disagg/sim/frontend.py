@@ -11,6 +11,9 @@ import dataclasses
 from collections import Counter
 from collections.abc import Callable
 
+from disagg.config import AdmissionConfig
+from disagg.errors import DisaggError
+from disagg.routing.admission import Admission, Released
 from disagg.routing.router import Router
 from disagg.routing.types import Placement, PlacementKind, PlacementRequest, WorkerReport
 
@@ -18,43 +21,71 @@ from disagg.routing.types import Placement, PlacementKind, PlacementRequest, Wor
 class FrontEnd:
     """make_router: called at the start and for each router after it, the front end's own included.
 
-    router: the global one, None while it is away. placements: by (policy, kind), over all routers.
+    router: the global one, None while it is away. admission: what stands before it. placements: by (policy,
+    kind), over all routers. on_released: told what became of requests that waited.
     """
 
-    def __init__(self, make_router: Callable[[], Router], *, dead_after_s: float) -> None:
+    def __init__(
+        self,
+        make_router: Callable[[], Router],
+        *,
+        dead_after_s: float,
+        admission: AdmissionConfig,
+        on_released: Callable[[Released], None],
+    ) -> None:
         self._make_router = make_router
         self._dead_after_s = dead_after_s
-        self.router: Router | None = make_router()
+        self._config = admission
+        self._on_released = on_released
+        self.admission: Admission | None = Admission(admission, make_router())
         self._alone: Router | None = None
         self._settles_at: float | None = None
         self.placements: Counter[tuple[str, str]] = Counter()
 
+    @property
+    def router(self) -> Router | None:
+        return None if self.admission is None else self.admission.router
+
     # -- requests ------------------------------------------------------------------------------------
 
-    def ask(self, request: PlacementRequest, now: float) -> Placement:
-        """Return where a request runs. Raises as Router.place."""
+    def ask(self, request: PlacementRequest, now: float) -> Placement | None:
+        """Return where a request runs, None if it waits. Raises as Admission.ask."""
         if self._alone is not None and self._settled(now):
             self._alone = None
         if self._alone is not None:
-            placement = dataclasses.replace(self._alone.place(request, now), kind=PlacementKind.STALE_VIEW)
-        else:
-            assert self.router is not None
-            placement = self.router.place(request, now)
+            placed = self._alone.place(request, now)
+            return self._counted(dataclasses.replace(placed, kind=PlacementKind.STALE_VIEW))
+        assert self.admission is not None
+        placement = self.admission.ask(request, now)
+        return None if placement is None else self._counted(placement)
+
+    def _counted(self, placement: Placement) -> Placement:
         self.placements[placement.policy, placement.kind.value] += 1
         return placement
 
     def prefilled(self, request_id: str, now: float) -> None:
-        if self.router is not None:
-            self.router.prefilled(request_id, now)
+        if self.admission is not None:
+            self.admission.prefilled(request_id, now)
+            self._settle(now)
         if self._alone is not None:
             self._alone.prefilled(request_id, now)
 
     def finished(self, request_id: str, now: float, num_tokens: int) -> None:
         """num_tokens: of the answer, 0 where it did not end by itself."""
-        if self.router is not None:
-            self.router.finished(request_id, now, num_tokens)
+        if self.admission is not None:
+            self.admission.finished(request_id, now, num_tokens)
+            self._settle(now)
         if self._alone is not None:
             self._alone.finished(request_id, now, num_tokens)
+
+    def _settle(self, now: float) -> None:
+        """Pass on who is let in by what has changed."""
+        if self.admission is None or not len(self.admission.queue):
+            return
+        for released in self.admission.release(now):
+            if not isinstance(released.outcome, DisaggError):
+                self._counted(released.outcome)
+            self._on_released(released)
 
     # -- workers -------------------------------------------------------------------------------------
 
@@ -65,28 +96,36 @@ class FrontEnd:
         if self._alone is not None:
             # The view that comes back from a router has loads and no blocks.
             self._alone.worker_report(dataclasses.replace(report, blocks=None), now)
-        return self.router.worker_report(report, now)
+        wants_all = self.router.worker_report(report, now)
+        self._settle(now)
+        return wants_all
 
-    def worker_left(self, worker_id: str, incarnation: str) -> None:
+    def worker_left(self, worker_id: str, incarnation: str, now: float) -> None:
         if self.router is not None:
             self.router.worker_left(worker_id, incarnation)
+            self._settle(now)
 
     # -- the router's own faults ---------------------------------------------------------------------
 
-    def lose_router(self, now: float) -> None:
-        """The router's process is gone; does nothing where it is away already."""
-        if self.router is None:
-            return
+    def lose_router(self, now: float) -> list[PlacementRequest]:
+        """The router's process is gone; does nothing where it is away already.
+
+        Returns who waited there, and has to ask again.
+        """
+        if self.admission is None or self.router is None:
+            return []
         if self._alone is None:
             self._alone = self._make_router()
             for state in self.router.view.workers.values():
                 self._alone.worker_report(WorkerReport(state.info, state.status, state.load), now)
-        self.router = self._settles_at = None
+        waiting = [item.request for item in self.admission.queue]
+        self.admission = self._settles_at = None
+        return waiting
 
     def restart_router(self, now: float) -> None:
         """A new router begins, without workers and without charges."""
-        if self.router is None:
-            self.router = self._make_router()
+        if self.admission is None:
+            self.admission = Admission(self._config, self._make_router())
             self._settles_at = now + self._dead_after_s
 
     def _settled(self, now: float) -> bool:

@@ -20,12 +20,14 @@ import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
+from disagg.config import AdmissionConfig
 from disagg.engine.engine import Reservation
 from disagg.errors import DisaggError, InvalidRequestError, OverloadedError
 from disagg.hashing import block_hashes, chain_root, short_hash
+from disagg.routing.admission import Released
 from disagg.routing.policies import Policy
 from disagg.routing.router import Router
-from disagg.routing.types import PlacementRequest
+from disagg.routing.types import Placement, PlacementRequest
 from disagg.sim.costs.base import CostModel
 from disagg.sim.decode_run import OUTPUT_TOKEN
 from disagg.sim.events import EventLoop
@@ -116,6 +118,8 @@ class Simulation:
         self.frontend = FrontEnd(
             lambda: Router(spec.router, rng, policy=policy, max_charges=max_charges),
             dead_after_s=spec.router.dead_after_s,
+            admission=spec.admission or AdmissionConfig(enabled=False),
+            on_released=self._released,
         )
         # Where no two requests share content nothing is ever found, so nothing needs to be hashed.
         self._hashing = spec.engine.enable_prefix_caching and any(item.block_ids for item in requests)
@@ -123,12 +127,14 @@ class Simulation:
         self._handoff = spec.links.handoff
         self._costs: dict[str, CostModel] = {}
         name = spec.router.policy if policy is None else policy.name
-        self._predicting = name not in _UNPREDICTING
+        self._predicting = name not in _UNPREDICTING or spec.admission is not None
         self.workers = self._make_workers(fast)
         self.network = self._make_network()
         self._kv_bytes = spec.shape.kv_bytes_per_token
         self._last_layer = 1 / spec.shape.num_layers
         self._stories: dict[str, _Story] = {}
+        # Requests that wait for admission.
+        self._waiting: dict[str, _Story] = {}
         self._params: dict[int, SamplingParams] = {}
         self._next = 0
         self._on_progress = on_progress
@@ -228,8 +234,8 @@ class Simulation:
         ended = sum(1 for outcome in records.outcome if outcome != Outcome.PENDING)
         if not ended == records.num_ended == len(records):
             raise AssertionError(f"{len(records)} requests came, {ended} have ended")
-        if self._stories:
-            raise AssertionError(f"{len(self._stories)} requests are still followed")
+        if self._stories or self._waiting:
+            raise AssertionError(f"{len(self._stories) + len(self._waiting)} requests are still followed")
         # A release may wait for the end of a step that nobody else needs.
         self.loop.run()
         for worker in self.workers.values():
@@ -282,12 +288,27 @@ class Simulation:
             slo_ttft_s=None if objectives.ttft_ms is None else objectives.ttft_ms / 1000,
             slo_tpot_s=None if objectives.tpot_ms is None else objectives.tpot_ms / 1000,
             excluded=tuple(story.lost),
+            resumed=bool(story.lost),
         )
         try:
             placement = self.frontend.ask(wanted, self.loop.now)
         except DisaggError as error:
             self._end(story, _outcome_of(error))
             return
+        if placement is None:
+            self._waiting[story.request_id] = story
+        else:
+            self._follow(story, placement)
+
+    def _released(self, released: Released) -> None:
+        """A request that waited for admission has been placed, or refused."""
+        story, outcome = self._waiting.pop(released.request.request_id), released.outcome
+        if isinstance(outcome, DisaggError):
+            self._end(story, _outcome_of(outcome))
+        else:
+            self._follow(story, outcome)
+
+    def _follow(self, story: _Story, placement: Placement) -> None:
         story.prefill = self.workers[placement.prefill_worker]
         story.decode = self.workers[placement.decode_worker]
         story.placements += 1
@@ -375,9 +396,9 @@ class Simulation:
         self._end(story, _outcome_of(error))
 
     def _end(self, story: _Story, outcome: Outcome) -> None:
-        done = outcome is Outcome.DONE and not story.lost
-        self.frontend.finished(story.request_id, self.loop.now, story.request.output_tokens if done else 0)
-        records = self.records
+        records, done = self.records, outcome is Outcome.DONE and not story.lost
+        num_tokens = story.request.output_tokens if done else 0
+        self.frontend.finished(story.request_id, self.loop.now, num_tokens)
         records.end(story.index, outcome, self.loop.now)
         ended = records.num_ended
         self.loop.stopped = ended == len(records)
@@ -505,7 +526,7 @@ class Simulation:
     ) -> None:
         """What followed requests on a worker hears that it is gone; `num_tokens`: what they had by then."""
         self._gone.add(worker.info.worker_id)
-        self.frontend.worker_left(worker.info.worker_id, incarnation)
+        self.frontend.worker_left(worker.info.worker_id, incarnation, self.loop.now)
         for request_id, story in list(self._stories.items()):
             on_prefill, on_decode = request_id == story.prefill_id, request_id == story.decode_id
             if worker is story.decode and (on_decode or (on_prefill and worker is story.prefill)):
@@ -572,7 +593,8 @@ class Simulation:
         self.network.set_bandwidth(worker_id, self.spec.bandwidth_of(pool) / divisor)
 
     def lose_router(self) -> None:
-        self.frontend.lose_router(self.loop.now)
+        for request in self.frontend.lose_router(self.loop.now):
+            self._ask_router(self._waiting.pop(request.request_id))
 
     def restart_router(self) -> None:
         self.frontend.restart_router(self.loop.now)

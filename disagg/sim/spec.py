@@ -9,6 +9,7 @@ links: {bandwidth_gb_s: 50, sharing: shared, handoff: serial}
 engine: {max_num_seqs: 256, max_num_batched_tokens: 2048}     # as for `disagg serve`
 router: {policy: prefix_aware}                                 # as for `disagg serve`
 objectives: {ttft_ms: 500, tpot_ms: 50}
+admission: {}                                                  # as for `disagg serve`; left out, it is off
 faults: [{kind: worker_loss, worker: decode-0, at_s: 60, for_s: 30}]      # see disagg.sim.faults
 """
 
@@ -19,7 +20,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from disagg.config import EngineConfig, RouterConfig, load_config
+from disagg.config import AdmissionConfig, EngineConfig, RouterConfig, load_config
 from disagg.errors import ConfigError
 from disagg.sim.costs.base import CostModel
 from disagg.sim.costs.distserve import load_distserve
@@ -156,6 +157,8 @@ class SimSpec(_Frozen):
     # Larger than the live defaults, which are for CPUs.
     engine: EngineConfig = EngineConfig(max_num_seqs=256, max_num_batched_tokens=2048)
     router: RouterConfig = RouterConfig()
+    # None serves whatever comes, however late: what a plan asks is how much a cluster can carry.
+    admission: AdmissionConfig | None = None
     objectives: ObjectiveSpec = ObjectiveSpec()
     overheads: OverheadSpec = OverheadSpec()
     faults: tuple[Fault, ...] = ()

@@ -62,7 +62,9 @@ async def running_cluster(
     for section, values in (settings or {}).items():
         base[section] = {**base.get(section, {}), **values}
     config = parse_config(base)
-    cluster = Cluster(config, RouterServer(config.router, SECRET, tls=load_tls(config.tls)))
+    cluster = Cluster(
+        config, RouterServer(config.router, SECRET, tls=load_tls(config.tls), admission=config.admission)
+    )
     cluster.address = await cluster.router.start("127.0.0.1")
     try:
         counts = {Role.PREFILL: prefill, Role.DECODE: decode, Role.MIXED: mixed}

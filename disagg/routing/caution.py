@@ -1,0 +1,40 @@
+"""Caution: how much longer things take than was predicted, learned from what came of promises.
+
+A promise is kept if the actual time is at most the predicted one times the caution. It follows the quantile
+KEPT of actual / predicted by stochastic approximation (Robbins and Monro, 1951), so whatever the prediction
+leaves out, that share of promises is kept. It fades: with nobody admitted nothing is learned, and a machine
+that stood still for a moment must not refuse for ever. Pure: no clock, no I/O.
+"""
+
+from __future__ import annotations
+
+import math
+
+KEPT = 0.97
+_RATE = 0.03
+_MEMORY_S = 20.0
+_LOW, _HIGH = math.log(0.75), math.log(4.0)
+
+
+class Caution:
+    """A factor on predicted times, 1 at first."""
+
+    def __init__(self) -> None:
+        self._log = 0.0
+        self._at = 0.0
+
+    def factor(self, now: float) -> float:
+        """Return by what predicted times are to be multiplied."""
+        return math.exp(self._faded(now))
+
+    def learn(self, predicted_s: float, actual_s: float, now: float) -> None:
+        """Note what came of a promise."""
+        if predicted_s <= 0:
+            return
+        known = self._faded(now)
+        late = actual_s > predicted_s * math.exp(known)
+        self._log = min(_HIGH, max(_LOW, known + _RATE * (KEPT if late else KEPT - 1)))
+        self._at = now
+
+    def _faded(self, now: float) -> float:
+        return self._log * math.exp(min(0.0, self._at - now) / _MEMORY_S)
