@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import AsyncIterator
 from contextlib import aclosing
 from typing import Any, NoReturn
@@ -32,6 +33,8 @@ ERROR_TYPE = "disagg-error-type"
 ERROR_PARAM = "disagg-error-param"
 ERROR_CODE = "disagg-error-code"
 RETRY_AFTER = "disagg-retry-after"
+# What gRPC's own retry policy in a client goes by.
+RETRY_PUSHBACK = "grpc-retry-pushback-ms"
 
 _ROLES = frozenset(("system", "developer", "user", "assistant"))
 _WATCH_PERIOD_S = 1.0
@@ -282,6 +285,7 @@ async def _abort(context: Context, error: DisaggError) -> NoReturn:
         metadata.append((ERROR_CODE, error.code))
     if isinstance(error, OverloadedError):
         metadata.append((RETRY_AFTER, f"{error.retry_after:g}"))
+        metadata.append((RETRY_PUSHBACK, str(math.ceil(1000 * error.retry_after))))
     status = grpc.StatusCode[error.grpc_code]
     await context.abort(status, error.message, tuple(metadata))
     raise AssertionError("abort always raises")
