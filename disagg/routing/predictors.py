@@ -67,6 +67,11 @@ class Level:
         self._spread = _USUAL_SPREAD
 
     @property
+    def fitted(self) -> bool:
+        """Whether its kind's fit is more than a guess."""
+        return self._fit.fitted
+
+    @property
     def coefficients(self) -> Coefficients:
         c0, c1, c2 = self._fit.coefficients
         return c0 * self.value, c1 * self.value, c2 * self.value
