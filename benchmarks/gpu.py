@@ -41,7 +41,10 @@ def commands(smoke: bool, folder: Path) -> dict[str, list[str]]:
     return {
         "engine": [*engine, "--json", str(folder / "engine.json")],
         "kernels": [*kernels, "--json", str(folder / "kernels.json")],
-        "tests": [python, "-m", "pytest", "-x", *(f"tests/unit/model/{name}" for name in tests)],
+        "tests": [
+            *(python, "-m", "pytest", "-x", "tests/unit/transfer/test_cuda_ipc.py"),
+            *(f"tests/unit/model/{name}" for name in tests),
+        ],
     }
 
 

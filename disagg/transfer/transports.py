@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import grpc.aio
 
 from disagg.config import KVTransport
+from disagg.errors import KVLostError
 from disagg.rpc import secret_metadata
 from disagg.transfer.agreement import Device
 from disagg.transfer.connections import Opener, Peer, Reached
@@ -62,6 +63,8 @@ class ExtraTransports:
             self._add_groups()
         if wanted == "nixl":
             self._add_nixl()
+        if device == "cuda":
+            self._add_cuda_ipc()
 
     def _add_groups(self) -> None:
         # Loads torch.distributed, which most workers don't need.
@@ -121,6 +124,23 @@ class ExtraTransports:
         )
         await reader.meet()
         return reader
+
+    def _add_cuda_ipc(self) -> None:
+        from disagg.transfer.cuda_memory import CudaDriver, export_cache
+        from disagg.transfer.cuda_reader import CudaIpcReader, exported_to_proto
+
+        try:
+            driver = CudaDriver()
+            exported = exported_to_proto(export_cache(self._cache, driver))
+        except KVLostError as error:
+            logger.warning("no cuda_ipc: %s", error.message)
+            return
+        self._service.offer("cuda_ipc", lambda response: response.cuda.CopyFrom(exported))
+
+        async def opened(reached: Reached) -> BlockReader:
+            return CudaIpcReader(reached, self._metadata, self._executor, self._cache.shape[1], driver)
+
+        self.openers["cuda_ipc"] = opened
 
     def serve(self, server: grpc.aio.Server) -> None:
         """Add what peers call; before the server is started."""
