@@ -3,14 +3,16 @@
     python benchmarks/kv_transfer.py --json out.json
 
 The publishing side runs in a process of its own. Limits are measured in the same run, each just before the
-pull that it is compared with: for shared memory one numpy copy of the same bytes; for gRPC a bare TCP stream
+pull that it is compared with: for shared memory one numpy copy of the same bytes; for the others a bare TCP stream
 of them between the same two processes, `sendall` from the one cache and `recv_into` the other, over a
 connection that is kept. Figures are medians over --runs, shares medians of the runs' own shares; a first
 round of each warms up.
 
 Rows: kv_transfer/TRANSPORT/N_tokens for the KV of an 81 M model in fp32, kv_transfer/TRANSPORT/8b/N_tokens
 for that of an 8 B model in bf16, and latency_ms in each. `grpc` is the bulk stream that a pull between hosts
-takes; `grpc_messages` what is left of it where only the gRPC port can be reached. Sizes that would need more
+takes; `grpc_messages` what is left of it where only the gRPC port can be reached; `gloo` what --kv-transport nccl
+is on CPUs; `nixl` UCX by whatever it chooses between processes of one host, `nixl_tcp` over TCP alone (neither
+where NIXL is not installed). Sizes that would need more
 than a quarter of the free memory are left out.
 """
 
@@ -21,12 +23,14 @@ import asyncio
 import contextlib
 import json
 import multiprocessing
+import os
 import secrets
 import socket
 import statistics
 import time
 from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from importlib.util import find_spec
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -41,6 +45,7 @@ from disagg.rpc import cluster_server
 from disagg.transfer.client import KVTransferClient
 from disagg.transfer.segment import SharedSegment
 from disagg.transfer.server import KVTransferService
+from disagg.transfer.transports import ExtraTransports
 from disagg.types import KVHandle, KVLayout
 from disagg.v1 import worker_pb2_grpc
 
@@ -70,46 +75,69 @@ SHAPES = (
 
 @dataclass(frozen=True)
 class Case:
-    """One transport: how a client is told to use it, and whether the owner listens for bulk streams."""
+    """One transport: how both sides are told to use it, and whether the owner listens for bulk streams."""
 
     name: str
     transport: KVTransport
     bulk: bool = True
+    environment: dict[str, str] = field(default_factory=dict)
 
 
 CASES = (
     Case("shm", "shm"),
     Case("grpc", "grpc"),
     Case("grpc_messages", "grpc", bulk=False),
+    Case("gloo", "nccl"),
 )
+# Not there on every machine.
+NIXL_CASES = (Case("nixl", "nixl"), Case("nixl_tcp", "nixl", environment={"UCX_TLS": "tcp"}))
 
 
 # -- the publishing process ------------------------------------------------------------------------------
 
 
-def owner(pipe: Connection, secret: str, layout: KVLayout, num_blocks: int, bulk: bool) -> None:
+def owner(pipe: Connection, secret: str, layout: KVLayout, num_blocks: int, case: Case) -> None:
     """Run the publishing worker's half until the pipe says None; publish what the pipe asks for."""
-    asyncio.run(_owner(pipe, secret, layout, num_blocks, bulk))
+    os.environ.update(case.environment)
+    asyncio.run(_owner(pipe, secret, layout, num_blocks, case))
 
 
-async def _owner(pipe: Connection, secret: str, layout: KVLayout, num_blocks: int, bulk: bool) -> None:
-    segment = SharedSegment.create(num_blocks, layout.block_bytes)
-    segment.blocks[:] = np.random.default_rng(0).integers(0, 256, layout.block_bytes, dtype=np.uint8)
+def published_by(
+    worker_id: str, layout: KVLayout, segment: SharedSegment, secret: str, case: Case
+) -> tuple[KVTransferService, ExtraTransports]:
+    """Return a worker's publishing half, with what the case needs for its transport."""
     service = KVTransferService(
         layout,
         segment,
-        worker_id="owner",
+        worker_id=worker_id,
         incarnation="1",
         secret=secret,
         lease_s=60,
         chunk_bytes=2**21,
         on_released=lambda _request_id: None,
     )
+    extras = ExtraTransports(
+        service,
+        segment.rows,
+        own=(worker_id, "1"),
+        secret=secret,
+        host="127.0.0.1",
+        wanted=case.transport,
+        timeout_s=60,
+    )
+    return service, extras
+
+
+async def _owner(pipe: Connection, secret: str, layout: KVLayout, num_blocks: int, case: Case) -> None:
+    segment = SharedSegment.create(num_blocks, layout.block_bytes)
+    segment.blocks[:] = np.random.default_rng(0).integers(0, 256, layout.block_bytes, dtype=np.uint8)
+    service, extras = published_by("owner", layout, segment, secret, case)
     server = cluster_server(secret)
     worker_pb2_grpc.add_KVTransferServicer_to_server(service, server)
+    extras.serve(server)
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()
-    if bulk:
+    if case.bulk:
         await service.listen("127.0.0.1")
     with socket.create_server(("127.0.0.1", 0)) as listener:
         pipe.send((port, listener.getsockname()[1]))
@@ -123,6 +151,7 @@ async def _owner(pipe: Connection, secret: str, layout: KVLayout, num_blocks: in
             blocks = list(range(num_tokens // layout.block_size))
             pipe.send(service.publish(request_id, key, blocks, num_tokens))
     await server.stop(None)
+    await extras.close()
     await service.close()
 
 
@@ -174,13 +203,14 @@ async def running(shape: Shape, case: Case, num_blocks: int) -> AsyncIterator[Pe
     spawn = multiprocessing.get_context("spawn")
     pipe, theirs = spawn.Pipe()
     secret = secrets.token_hex(16)
-    process = spawn.Process(target=owner, args=(theirs, secret, shape.layout, num_blocks, case.bulk))
+    process = spawn.Process(target=owner, args=(theirs, secret, shape.layout, num_blocks, case))
     process.start()
     port, stream_port = await asyncio.to_thread(pipe.recv)
     stream = socket.create_connection(("127.0.0.1", stream_port))
     segment = SharedSegment.create(num_blocks, shape.layout.block_bytes)
     # Pages are there before anything is timed, as those of a cache in use are.
     segment.blocks[:] = 1
+    service, extras = published_by("puller", shape.layout, segment, secret, case)
     client = KVTransferClient(
         shape.layout,
         segment,
@@ -190,6 +220,7 @@ async def running(shape: Shape, case: Case, num_blocks: int) -> AsyncIterator[Pe
         resolve=lambda _worker_id: (f"127.0.0.1:{port}", "1"),
         transport=case.transport,
         pull_timeout_s=60,
+        openers=extras.openers,
     )
     num_bytes = num_blocks * shape.layout.block_bytes
     try:
@@ -198,6 +229,8 @@ async def running(shape: Shape, case: Case, num_blocks: int) -> AsyncIterator[Pe
         )
     finally:
         await client.close()
+        await extras.close()
+        await service.close()
         pipe.send(None)
         await asyncio.to_thread(process.join)
         stream.close()
@@ -206,6 +239,7 @@ async def running(shape: Shape, case: Case, num_blocks: int) -> AsyncIterator[Pe
 
 async def measure_case(shape: Shape, case: Case, sizes: list[int], runs: int) -> list[dict[str, Any]]:
     rows = []
+    os.environ.update(case.environment)
     async with running(shape, case, max(sizes) // shape.layout.block_size) as peers:
         limit = peers.copy if case.transport == "shm" else peers.bare_stream
         for num_tokens in sizes:
@@ -238,7 +272,7 @@ def sizes_that_fit(shape: Shape) -> list[int]:
 async def measure(runs: int, progress: Console) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     for shape in SHAPES:
-        for case in CASES:
+        for case in (*CASES, *(NIXL_CASES if find_spec("nixl") else ())):
             measured = await measure_case(shape, case, sizes_that_fit(shape), runs)
             for row in measured:
                 progress.print(f"{row['name']}: {row['value']:.2f} GB/s, {row['share']:.0%}", style="dim")

@@ -122,11 +122,15 @@ def _workers(now: Reading, before: Reading | None, *, wide: bool) -> Table:
 
 
 def _link(now: Reading, before: Reading | None, worker_id: str) -> str:
-    """Return the KV that a worker pulled: per second between two readings, else in all."""
+    """Return the KV that a worker pulled, per second between two readings or else in all, and by what."""
     name = "disagg_kv_transfer_bytes_total"
     if before is None:
-        return _bytes(now.total(name, worker=worker_id))
-    return f"{_bytes(_rate(now, before, name, worker=worker_id))}/s"
+        moved = _bytes(now.total(name, worker=worker_id))
+    else:
+        moved = f"{_bytes(_rate(now, before, name, worker=worker_id))}/s"
+    series = (dict(labels) for labels in now.metrics.get(name, {}))
+    used = {own["transport"] for own in series if own.get("worker") == worker_id and "transport" in own}
+    return " ".join((moved, *sorted(used)))
 
 
 def _figures(now: Reading, before: Reading | None) -> Table:

@@ -65,7 +65,7 @@ def line_of(text: str, start: str) -> str:
 def test_pools_workers_links_and_attainment_are_there() -> None:
     text = shown(Reading(0.0, STATUS, parse(METRICS)))
     assert "1 of 2" in line_of(text, "decode ") and "129 / 200" in line_of(text, "decode ")
-    assert "draining" in line_of(text, "decode-1") and "3 MB" in line_of(text, "decode-0")
+    assert "draining" in line_of(text, "decode-1") and "3 MB shm" in line_of(text, "decode-0")
     assert "TTFT met by 95.0% of 100" in line_of(text, "objectives")
     assert "99 stop, 2 shed" in line_of(text, "requests")
 
@@ -76,7 +76,7 @@ def test_rates_are_between_two_readings_and_a_restart_is_no_negative_rate() -> N
         METRICS.replace(" 3000000", " 5000000").replace("total 1000", "total 1500").replace("} 90", "} 100")
     )
     text = shown(Reading(12.0, STATUS, parse(later)), before)
-    assert "1 MB/s" in line_of(text, "decode-0")
+    assert "1 MB/s shm" in line_of(text, "decode-0")
     assert "250 output/s" in line_of(text, "tokens")
     assert "TTFT met by 100.0% of 10" in line_of(text, "objectives")
     assert "0 output/s" in shown(Reading(11.0, STATUS, {}), before)
