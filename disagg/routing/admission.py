@@ -123,10 +123,12 @@ class Admission:
 
         Raises OverloadedError where it is refused, and what Router.place raises.
         """
+        if not self._config.enabled:
+            return self.router.place(request, now)
         self.withdraw(request.request_id)
         choice, prediction = self.router.consider(request)
         offer = _Offer(choice, prediction, self._work_s(request, choice, prediction))
-        if not self._config.enabled or request.resumed or not prediction.fitted:
+        if request.resumed or not prediction.fitted:
             return self._place(request, offer, now, now, None)
         self._shares.asked(request.tenant, now)
         item = self._waiting(request, offer, now)
