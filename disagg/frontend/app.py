@@ -21,6 +21,9 @@ from disagg.frontend.http import create_app
 
 # A Serve application that is deleted leaves no call behind, only silence.
 ORPHAN_TIMEOUT_S = 60.0
+# By default Serve runs an application on a thread of its own and carries every message between two event
+# loops, which fight for the interpreter lock. Nothing here blocks its loop, so one does for both.
+REPLICA_ENVIRONMENT = {"RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0"}
 
 
 class _LateApp:
@@ -86,7 +89,11 @@ def build(args: dict[str, Any] | None = None) -> Application:
         num_replicas=config.frontend.replicas,
         # Streams are bounded by the workers' queues, not by Serve's.
         max_ongoing_requests=10_000,
-        ray_actor_options={"num_cpus": 0, "resources": config.frontend.resources},
+        ray_actor_options={
+            "num_cpus": 0,
+            "resources": config.frontend.resources,
+            "runtime_env": {"env_vars": REPLICA_ENVIRONMENT},
+        },
         health_check_period_s=2.0,
         graceful_shutdown_timeout_s=10.0,
         logging_config={"enable_access_log": False, "log_level": "WARNING"},
