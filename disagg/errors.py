@@ -68,16 +68,20 @@ class RequestTooLargeError(DisaggError):
 
 
 class OverloadedError(DisaggError):
-    """The request was shed; `retry_after` is in seconds."""
+    """The request was shed; `retry_after` is in seconds.
+
+    hold_s: for so long others that ask for no less would be shed too, 0 where that is not known.
+    """
 
     status = 429
     type = "rate_limit_error"
     code = "overloaded"
     grpc_code = "RESOURCE_EXHAUSTED"
 
-    def __init__(self, message: str, *, retry_after: float) -> None:
+    def __init__(self, message: str, *, retry_after: float, hold_s: float = 0.0) -> None:
         super().__init__(message)
         self.retry_after = retry_after
+        self.hold_s = hold_s
 
 
 class NoCapacityError(DisaggError):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 from disagg.engine.sequence import Sequence
 from disagg.types import Request, SampledToken
@@ -12,7 +12,8 @@ from disagg.types import Request, SampledToken
 PLACEHOLDER = -1
 
 
-class ScheduledSequence(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class ScheduledSequence:
     """`num_tokens` tokens of `seq` are to be computed, from seq.num_computed_tokens on."""
 
     seq: Sequence
@@ -21,7 +22,7 @@ class ScheduledSequence(NamedTuple):
     @property
     def samples(self) -> bool:
         """Whether the chunk reaches the last known token, so that the next one is drawn."""
-        return self.seq.num_computed_tokens + self.num_tokens == len(self.seq.token_ids)
+        return self.seq.num_computed_tokens + self.num_tokens == self.seq.num_tokens
 
 
 @dataclass(frozen=True, slots=True)

@@ -37,12 +37,18 @@ from disagg.routing.types import Placement, PlacementRequest, Prediction
 # When the first token of a request without an objective is due: so long after it came, and longer requests
 # later, so that short ones are not kept waiting by them.
 DUE_S, DUE_FACTOR = 10.0, 20.0
+# Shares of promises that are to be kept. Much of what makes single answers slow has nothing to do with how
+# many are served, and refusing more does not help against that.
+_TTFT_KEPT, _TPOT_KEPT = 0.95, 0.75
 # Rounding errors of what is no wait at all.
 _NO_WAIT_S = 1e-6
 # A stream whose objective is missed by so much is not saved by refusing others.
 _LOST = 1.5
 # Shortest and longest time after which a refused client is told to come back, in seconds.
 MIN_RETRY_S, MAX_RETRY_S = 0.05, 60.0
+# For so long at the most a refusal stands for others like it. Not one for a late first token while prompts
+# were found in caches: another as long as the refused one may be cached and take no time.
+MAX_HOLD_S, HIT_MEMORY_S = 0.1, 10.0
 
 
 class Reason(StrEnum):
@@ -109,8 +115,9 @@ class Admission:
         self._promises: dict[str, _Promise] = {}
         # Objectives of the streams on each decode worker, by slot.
         self._streams: dict[int, Counter[float]] = {}
-        self._ttft_caution = Caution()
-        self._tpot_caution = Caution()
+        self._ttft_caution = Caution(_TTFT_KEPT)
+        self._tpot_caution = Caution(_TPOT_KEPT)
+        self._hit_at = -math.inf
         self._number = 0
 
     def _weight(self, tenant: str) -> float:
@@ -123,12 +130,12 @@ class Admission:
 
         Raises OverloadedError where it is refused, and what Router.place raises.
         """
-        if not self._config.enabled:
-            return self.router.place(request, now)
         self.withdraw(request.request_id)
         choice, prediction = self.router.consider(request)
+        if max(choice.depths) > 0:
+            self._hit_at = now
         offer = _Offer(choice, prediction, self._work_s(request, choice, prediction))
-        if request.resumed or not prediction.fitted:
+        if not self._config.enabled or request.resumed or not prediction.fitted:
             return self._place(request, offer, now, now, None)
         self._shares.asked(request.tenant, now)
         item = self._waiting(request, offer, now)
@@ -137,13 +144,13 @@ class Admission:
             offer = self._second_opinion(request, offer)
             refusal = self._refusal(item, offer, now)
         if refusal is not None:
-            raise self._refuse(refusal)
+            raise self._refuse(refusal, now)
         item.promised_s = self.queue.ahead_s(item) + offer.prediction.ttft
         if self._is_next(item) and self._has_room(offer):
             return self._place(request, offer, now, now, item.promised_s)
         if not self.queue.has_place(request.tenant):
             waiting_s = sum(other.work_s for other in self.queue) / len(self.queue)
-            raise self._refuse(_Refusal(Reason.QUEUE_FULL, waiting_s))
+            raise self._refuse(_Refusal(Reason.QUEUE_FULL, waiting_s), now)
         self.queue.push(item)
         return None
 
@@ -301,10 +308,14 @@ class Admission:
         choice, prediction = self.router.consider(request, self._second)
         return _Offer(choice, prediction, self._work_s(request, choice, prediction))
 
-    def _refuse(self, refusal: _Refusal) -> OverloadedError:
+    def _refuse(self, refusal: _Refusal, now: float) -> OverloadedError:
         self.refused[refusal.reason] += 1
         retry = min(MAX_RETRY_S, max(MIN_RETRY_S, refusal.excess_s))
-        return OverloadedError(_MESSAGES[refusal.reason], retry_after=retry)
+        # Work goes down by a second a second at the most, unless somebody leaves early.
+        hold = min(MAX_HOLD_S, refusal.excess_s / 2)
+        if refusal.reason is Reason.TTFT and now < self._hit_at + HIT_MEMORY_S:
+            hold = 0.0
+        return OverloadedError(_MESSAGES[refusal.reason], retry_after=retry, hold_s=hold)
 
     def _is_next(self, item: Waiting) -> bool:
         """Whether nobody in the queue comes before the request."""

@@ -1,7 +1,7 @@
 """Caution: how much longer things take than was predicted, learned from what came of promises.
 
 A promise is kept if the actual time is at most the predicted one times the caution. It follows the quantile
-KEPT of actual / predicted by stochastic approximation (Robbins and Monro, 1951), so whatever the prediction
+`kept` of actual / predicted by stochastic approximation (Robbins and Monro, 1951), so whatever the prediction
 leaves out, that share of promises is kept. It fades: with nobody admitted nothing is learned, and a machine
 that stood still for a moment must not refuse for ever. Pure: no clock, no I/O.
 """
@@ -10,16 +10,16 @@ from __future__ import annotations
 
 import math
 
-KEPT = 0.97
 _RATE = 0.03
 _MEMORY_S = 20.0
-_LOW, _HIGH = math.log(0.75), math.log(4.0)
+_LOW, _HIGH = math.log(0.75), math.log(2.0)
 
 
 class Caution:
-    """A factor on predicted times, 1 at first."""
+    """A factor on predicted times, 1 at first. kept: share of promises that is to be kept."""
 
-    def __init__(self) -> None:
+    def __init__(self, kept: float) -> None:
+        self._kept = kept
         self._log = 0.0
         self._at = 0.0
 
@@ -33,7 +33,7 @@ class Caution:
             return
         known = self._faded(now)
         late = actual_s > predicted_s * math.exp(known)
-        self._log = min(_HIGH, max(_LOW, known + _RATE * (KEPT if late else KEPT - 1)))
+        self._log = min(_HIGH, max(_LOW, known + _RATE * (self._kept if late else self._kept - 1)))
         self._at = now
 
     def _faded(self, now: float) -> float:

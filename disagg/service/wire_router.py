@@ -279,13 +279,15 @@ def placement_error_to_proto(error: DisaggError) -> router_pb2.PlaceResponse:
     """Return an answer that names no workers; error_type is the error's class."""
     message = router_pb2.PlaceResponse(error=error.message or "no reason", error_type=type(error).__name__)
     if isinstance(error, OverloadedError):
-        message.retry_after_s = error.retry_after
+        message.retry_after_s, message.hold_s = error.retry_after, error.hold_s
     return message
 
 
 def _placement_error(message: router_pb2.PlaceResponse) -> DisaggError:
     if message.error_type == OverloadedError.__name__:
-        return OverloadedError(message.error, retry_after=message.retry_after_s)
+        return OverloadedError(
+            message.error, retry_after=message.retry_after_s, hold_s=_seconds("hold_s", message.hold_s)
+        )
     if message.error_type == InvalidRequestError.__name__:
         # All that a valid request can be refused for is its length.
         return InvalidRequestError(message.error, param="prompt", code="context_length_exceeded")

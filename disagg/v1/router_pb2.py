@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from disagg.v1 import worker_pb2 as disagg_dot_v1_dot_worker__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16\x64isagg/v1/router.proto\x12\tdisagg.v1\x1a\x16\x64isagg/v1/worker.proto\"[\n\rGatherRequest\x12\x13\n\x0b\x66rontend_id\x18\x01 \x01(\t\x12#\n\x04kind\x18\x02 \x01(\x0e\x32\x15.disagg.v1.ReportKind\x12\x10\n\x08\x61rgument\x18\x03 \x01(\t\";\n\x0eGatherResponse\x12)\n\x07reports\x18\x01 \x03(\x0b\x32\x18.disagg.v1.ProcessReport\".\n\rProcessReport\x12\x0f\n\x07process\x18\x01 \x01(\t\x12\x0c\n\x04\x62ody\x18\x02 \x01(\x0c\"\x93\x02\n\x0cPlaceRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x13\n\x0b\x66rontend_id\x18\x02 \x01(\t\x12\x12\n\nnum_tokens\x18\x03 \x01(\x05\x12\x16\n\x0emax_new_tokens\x18\x04 \x01(\x05\x12\x18\n\x0c\x62lock_hashes\x18\x05 \x03(\x06\x42\x02\x10\x01\x12\x10\n\x08priority\x18\x06 \x01(\x05\x12\x12\n\nslo_ttft_s\x18\x07 \x01(\x01\x12\x12\n\nslo_tpot_s\x18\x08 \x01(\x01\x12\x10\n\x08\x65xcluded\x18\t \x03(\t\x12\x0e\n\x06tenant\x18\n \x01(\t\x12\x14\n\x0cservice_tier\x18\x0b \x01(\t\x12\x11\n\ttimeout_s\x18\x0c \x01(\x01\x12\x0f\n\x07resumed\x18\r \x01(\x08\"\xbf\x01\n\rPlaceResponse\x12\x16\n\x0eprefill_worker\x18\x01 \x01(\t\x12\x15\n\rdecode_worker\x18\x02 \x01(\t\x12\x15\n\rcached_tokens\x18\x03 \x01(\x05\x12\x0e\n\x06policy\x18\x04 \x01(\t\x12\r\n\x05\x65rror\x18\x05 \x01(\t\x12\x12\n\nerror_type\x18\x06 \x01(\t\x12\x15\n\rretry_after_s\x18\x07 \x01(\x01\x12\r\n\x05lag_s\x18\x08 \x01(\x01\x12\x0f\n\x07waiting\x18\t \x01(\x08\"\x9f\x02\n\nWorkerInfo\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\t\x12\x0c\n\x04role\x18\x03 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x04 \x01(\t\x12\x0c\n\x04host\x18\x05 \x01(\t\x12\x0b\n\x03pid\x18\x06 \x01(\x05\x12\x15\n\rmax_model_len\x18\x07 \x01(\x05\x12\x12\n\nblock_size\x18\x08 \x01(\x05\x12\x14\n\x0cmax_num_seqs\x18\t \x01(\x05\x12\x1e\n\x16max_num_batched_tokens\x18\n \x01(\x05\x12\x17\n\x0fkv_blocks_total\x18\x0b \x01(\x05\x12\x19\n\x11model_fingerprint\x18\x0c \x01(\t\x12\x1a\n\x12max_prefill_tokens\x18\r \x01(\x05\"\x92\x01\n\nWorkerLoad\x12\x13\n\x0bnum_running\x18\x01 \x01(\x05\x12\x13\n\x0bnum_waiting\x18\x02 \x01(\x05\x12\x10\n\x08num_held\x18\x03 \x01(\x05\x12\x16\n\x0ewaiting_tokens\x18\x04 \x01(\x05\x12\x16\n\x0ekv_blocks_used\x18\x05 \x01(\x05\x12\x18\n\x10kv_blocks_cached\x18\x06 \x01(\x05\"\xe4\x01\n\x0cWorkerReport\x12#\n\x04info\x18\x01 \x01(\x0b\x32\x15.disagg.v1.WorkerInfo\x12\x0e\n\x06status\x18\x02 \x01(\t\x12#\n\x04load\x18\x03 \x01(\x0b\x32\x15.disagg.v1.WorkerLoad\x12&\n\x06\x62locks\x18\x04 \x01(\x0b\x32\x16.disagg.v1.BlockEvents\x12$\n\x05steps\x18\x05 \x03(\x0b\x32\x15.disagg.v1.StepSample\x12,\n\ttransfers\x18\x06 \x03(\x0b\x32\x19.disagg.v1.TransferSample\"i\n\nStepSample\x12\x0f\n\x07seconds\x18\x01 \x01(\x01\x12\x12\n\nnum_tokens\x18\x02 \x01(\x05\x12\x10\n\x08\x61ttended\x18\x03 \x01(\x03\x12\x13\n\x0bnum_decodes\x18\x04 \x01(\x05\x12\x0f\n\x07\x63ontext\x18\x05 \x01(\x03\"I\n\x0eTransferSample\x12\x0f\n\x07seconds\x18\x01 \x01(\x01\x12\x12\n\nnum_tokens\x18\x02 \x01(\x05\x12\x12\n\nnum_others\x18\x03 \x01(\x05\"Z\n\x0b\x42lockEvents\x12\x10\n\x08sequence\x18\x01 \x01(\x04\x12\x12\n\x06stored\x18\x02 \x03(\x06\x42\x02\x10\x01\x12\x13\n\x07removed\x18\x03 \x03(\x06\x42\x02\x10\x01\x12\x10\n\x08snapshot\x18\x04 \x01(\x08\"g\n\x0bWorkerState\x12#\n\x04info\x18\x01 \x01(\x0b\x32\x15.disagg.v1.WorkerInfo\x12\x0e\n\x06status\x18\x02 \x01(\t\x12#\n\x04load\x18\x03 \x01(\x0b\x32\x15.disagg.v1.WorkerLoad\"\\\n\nMembership\x12\x0f\n\x07version\x18\x01 \x01(\x04\x12&\n\x07workers\x18\x02 \x03(\x0b\x32\x15.disagg.v1.WorkerInfo\x12\x15\n\rwant_snapshot\x18\x03 \x01(\x08\"\x89\x01\n\x0e\x46rontendReport\x12\x13\n\x0b\x66rontend_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\x12\'\n\x06\x65vents\x18\x03 \x03(\x0b\x32\x17.disagg.v1.RequestEvent\x12(\n\x07\x61nswers\x18\x04 \x03(\x0b\x32\x17.disagg.v1.ReportAnswer\"W\n\x0eReportQuestion\x12\x0e\n\x06number\x18\x01 \x01(\x04\x12#\n\x04kind\x18\x02 \x01(\x0e\x32\x15.disagg.v1.ReportKind\x12\x10\n\x08\x61rgument\x18\x03 \x01(\t\",\n\x0cReportAnswer\x12\x0e\n\x06number\x18\x01 \x01(\x04\x12\x0c\n\x04\x62ody\x18\x02 \x01(\x0c\"\xa7\x01\n\x0cRequestEvent\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12*\n\x04kind\x18\x02 \x01(\x0e\x32\x1c.disagg.v1.RequestEvent.Kind\x12\x12\n\nnum_tokens\x18\x03 \x01(\x05\"C\n\x04Kind\x12\x14\n\x10KIND_UNSPECIFIED\x10\x00\x12\x12\n\x0eKIND_PREFILLED\x10\x01\x12\x11\n\rKIND_FINISHED\x10\x02\"\xa5\x01\n\x0b\x43lusterView\x12\x0f\n\x07version\x18\x01 \x01(\x04\x12\'\n\x07workers\x18\x02 \x03(\x0b\x32\x16.disagg.v1.WorkerState\x12\x12\n\nrouter_pid\x18\x03 \x01(\x05\x12\x1a\n\x12router_incarnation\x18\x04 \x01(\t\x12,\n\tquestions\x18\x05 \x03(\x0b\x32\x19.disagg.v1.ReportQuestion*r\n\nReportKind\x12\x1b\n\x17REPORT_KIND_UNSPECIFIED\x10\x00\x12\x17\n\x13REPORT_KIND_METRICS\x10\x01\x12\x17\n\x13REPORT_KIND_HISTORY\x10\x02\x12\x15\n\x11REPORT_KIND_ABORT\x10\x03\x32\xbf\x02\n\x06Router\x12:\n\x05Place\x12\x17.disagg.v1.PlaceRequest\x1a\x18.disagg.v1.PlaceResponse\x12:\n\x04Join\x12\x17.disagg.v1.WorkerReport\x1a\x15.disagg.v1.Membership(\x01\x30\x01\x12?\n\x06\x41ttach\x12\x19.disagg.v1.FrontendReport\x1a\x16.disagg.v1.ClusterView(\x01\x30\x01\x12=\n\x06Scrape\x12\x18.disagg.v1.ScrapeRequest\x1a\x19.disagg.v1.ScrapeResponse\x12=\n\x06Gather\x12\x18.disagg.v1.GatherRequest\x1a\x19.disagg.v1.GatherResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16\x64isagg/v1/router.proto\x12\tdisagg.v1\x1a\x16\x64isagg/v1/worker.proto\"[\n\rGatherRequest\x12\x13\n\x0b\x66rontend_id\x18\x01 \x01(\t\x12#\n\x04kind\x18\x02 \x01(\x0e\x32\x15.disagg.v1.ReportKind\x12\x10\n\x08\x61rgument\x18\x03 \x01(\t\";\n\x0eGatherResponse\x12)\n\x07reports\x18\x01 \x03(\x0b\x32\x18.disagg.v1.ProcessReport\".\n\rProcessReport\x12\x0f\n\x07process\x18\x01 \x01(\t\x12\x0c\n\x04\x62ody\x18\x02 \x01(\x0c\"\x93\x02\n\x0cPlaceRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x13\n\x0b\x66rontend_id\x18\x02 \x01(\t\x12\x12\n\nnum_tokens\x18\x03 \x01(\x05\x12\x16\n\x0emax_new_tokens\x18\x04 \x01(\x05\x12\x18\n\x0c\x62lock_hashes\x18\x05 \x03(\x06\x42\x02\x10\x01\x12\x10\n\x08priority\x18\x06 \x01(\x05\x12\x12\n\nslo_ttft_s\x18\x07 \x01(\x01\x12\x12\n\nslo_tpot_s\x18\x08 \x01(\x01\x12\x10\n\x08\x65xcluded\x18\t \x03(\t\x12\x0e\n\x06tenant\x18\n \x01(\t\x12\x14\n\x0cservice_tier\x18\x0b \x01(\t\x12\x11\n\ttimeout_s\x18\x0c \x01(\x01\x12\x0f\n\x07resumed\x18\r \x01(\x08\"\xcf\x01\n\rPlaceResponse\x12\x16\n\x0eprefill_worker\x18\x01 \x01(\t\x12\x15\n\rdecode_worker\x18\x02 \x01(\t\x12\x15\n\rcached_tokens\x18\x03 \x01(\x05\x12\x0e\n\x06policy\x18\x04 \x01(\t\x12\r\n\x05\x65rror\x18\x05 \x01(\t\x12\x12\n\nerror_type\x18\x06 \x01(\t\x12\x15\n\rretry_after_s\x18\x07 \x01(\x01\x12\r\n\x05lag_s\x18\x08 \x01(\x01\x12\x0f\n\x07waiting\x18\t \x01(\x08\x12\x0e\n\x06hold_s\x18\n \x01(\x01\"\x9f\x02\n\nWorkerInfo\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\t\x12\x0c\n\x04role\x18\x03 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x04 \x01(\t\x12\x0c\n\x04host\x18\x05 \x01(\t\x12\x0b\n\x03pid\x18\x06 \x01(\x05\x12\x15\n\rmax_model_len\x18\x07 \x01(\x05\x12\x12\n\nblock_size\x18\x08 \x01(\x05\x12\x14\n\x0cmax_num_seqs\x18\t \x01(\x05\x12\x1e\n\x16max_num_batched_tokens\x18\n \x01(\x05\x12\x17\n\x0fkv_blocks_total\x18\x0b \x01(\x05\x12\x19\n\x11model_fingerprint\x18\x0c \x01(\t\x12\x1a\n\x12max_prefill_tokens\x18\r \x01(\x05\"\x92\x01\n\nWorkerLoad\x12\x13\n\x0bnum_running\x18\x01 \x01(\x05\x12\x13\n\x0bnum_waiting\x18\x02 \x01(\x05\x12\x10\n\x08num_held\x18\x03 \x01(\x05\x12\x16\n\x0ewaiting_tokens\x18\x04 \x01(\x05\x12\x16\n\x0ekv_blocks_used\x18\x05 \x01(\x05\x12\x18\n\x10kv_blocks_cached\x18\x06 \x01(\x05\"\xe4\x01\n\x0cWorkerReport\x12#\n\x04info\x18\x01 \x01(\x0b\x32\x15.disagg.v1.WorkerInfo\x12\x0e\n\x06status\x18\x02 \x01(\t\x12#\n\x04load\x18\x03 \x01(\x0b\x32\x15.disagg.v1.WorkerLoad\x12&\n\x06\x62locks\x18\x04 \x01(\x0b\x32\x16.disagg.v1.BlockEvents\x12$\n\x05steps\x18\x05 \x03(\x0b\x32\x15.disagg.v1.StepSample\x12,\n\ttransfers\x18\x06 \x03(\x0b\x32\x19.disagg.v1.TransferSample\"i\n\nStepSample\x12\x0f\n\x07seconds\x18\x01 \x01(\x01\x12\x12\n\nnum_tokens\x18\x02 \x01(\x05\x12\x10\n\x08\x61ttended\x18\x03 \x01(\x03\x12\x13\n\x0bnum_decodes\x18\x04 \x01(\x05\x12\x0f\n\x07\x63ontext\x18\x05 \x01(\x03\"I\n\x0eTransferSample\x12\x0f\n\x07seconds\x18\x01 \x01(\x01\x12\x12\n\nnum_tokens\x18\x02 \x01(\x05\x12\x12\n\nnum_others\x18\x03 \x01(\x05\"Z\n\x0b\x42lockEvents\x12\x10\n\x08sequence\x18\x01 \x01(\x04\x12\x12\n\x06stored\x18\x02 \x03(\x06\x42\x02\x10\x01\x12\x13\n\x07removed\x18\x03 \x03(\x06\x42\x02\x10\x01\x12\x10\n\x08snapshot\x18\x04 \x01(\x08\"g\n\x0bWorkerState\x12#\n\x04info\x18\x01 \x01(\x0b\x32\x15.disagg.v1.WorkerInfo\x12\x0e\n\x06status\x18\x02 \x01(\t\x12#\n\x04load\x18\x03 \x01(\x0b\x32\x15.disagg.v1.WorkerLoad\"\\\n\nMembership\x12\x0f\n\x07version\x18\x01 \x01(\x04\x12&\n\x07workers\x18\x02 \x03(\x0b\x32\x15.disagg.v1.WorkerInfo\x12\x15\n\rwant_snapshot\x18\x03 \x01(\x08\"\x89\x01\n\x0e\x46rontendReport\x12\x13\n\x0b\x66rontend_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\x12\'\n\x06\x65vents\x18\x03 \x03(\x0b\x32\x17.disagg.v1.RequestEvent\x12(\n\x07\x61nswers\x18\x04 \x03(\x0b\x32\x17.disagg.v1.ReportAnswer\"W\n\x0eReportQuestion\x12\x0e\n\x06number\x18\x01 \x01(\x04\x12#\n\x04kind\x18\x02 \x01(\x0e\x32\x15.disagg.v1.ReportKind\x12\x10\n\x08\x61rgument\x18\x03 \x01(\t\",\n\x0cReportAnswer\x12\x0e\n\x06number\x18\x01 \x01(\x04\x12\x0c\n\x04\x62ody\x18\x02 \x01(\x0c\"\xa7\x01\n\x0cRequestEvent\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12*\n\x04kind\x18\x02 \x01(\x0e\x32\x1c.disagg.v1.RequestEvent.Kind\x12\x12\n\nnum_tokens\x18\x03 \x01(\x05\"C\n\x04Kind\x12\x14\n\x10KIND_UNSPECIFIED\x10\x00\x12\x12\n\x0eKIND_PREFILLED\x10\x01\x12\x11\n\rKIND_FINISHED\x10\x02\"\xa5\x01\n\x0b\x43lusterView\x12\x0f\n\x07version\x18\x01 \x01(\x04\x12\'\n\x07workers\x18\x02 \x03(\x0b\x32\x16.disagg.v1.WorkerState\x12\x12\n\nrouter_pid\x18\x03 \x01(\x05\x12\x1a\n\x12router_incarnation\x18\x04 \x01(\t\x12,\n\tquestions\x18\x05 \x03(\x0b\x32\x19.disagg.v1.ReportQuestion*r\n\nReportKind\x12\x1b\n\x17REPORT_KIND_UNSPECIFIED\x10\x00\x12\x17\n\x13REPORT_KIND_METRICS\x10\x01\x12\x17\n\x13REPORT_KIND_HISTORY\x10\x02\x12\x15\n\x11REPORT_KIND_ABORT\x10\x03\x32\xbf\x02\n\x06Router\x12:\n\x05Place\x12\x17.disagg.v1.PlaceRequest\x1a\x18.disagg.v1.PlaceResponse\x12:\n\x04Join\x12\x17.disagg.v1.WorkerReport\x1a\x15.disagg.v1.Membership(\x01\x30\x01\x12?\n\x06\x41ttach\x12\x19.disagg.v1.FrontendReport\x1a\x16.disagg.v1.ClusterView(\x01\x30\x01\x12=\n\x06Scrape\x12\x18.disagg.v1.ScrapeRequest\x1a\x19.disagg.v1.ScrapeResponse\x12=\n\x06Gather\x12\x18.disagg.v1.GatherRequest\x1a\x19.disagg.v1.GatherResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -38,8 +38,8 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_BLOCKEVENTS'].fields_by_name['stored']._serialized_options = b'\020\001'
   _globals['_BLOCKEVENTS'].fields_by_name['removed']._loaded_options = None
   _globals['_BLOCKEVENTS'].fields_by_name['removed']._serialized_options = b'\020\001'
-  _globals['_REPORTKIND']._serialized_start=2491
-  _globals['_REPORTKIND']._serialized_end=2605
+  _globals['_REPORTKIND']._serialized_start=2507
+  _globals['_REPORTKIND']._serialized_end=2621
   _globals['_GATHERREQUEST']._serialized_start=61
   _globals['_GATHERREQUEST']._serialized_end=152
   _globals['_GATHERRESPONSE']._serialized_start=154
@@ -49,35 +49,35 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_PLACEREQUEST']._serialized_start=264
   _globals['_PLACEREQUEST']._serialized_end=539
   _globals['_PLACERESPONSE']._serialized_start=542
-  _globals['_PLACERESPONSE']._serialized_end=733
-  _globals['_WORKERINFO']._serialized_start=736
-  _globals['_WORKERINFO']._serialized_end=1023
-  _globals['_WORKERLOAD']._serialized_start=1026
-  _globals['_WORKERLOAD']._serialized_end=1172
-  _globals['_WORKERREPORT']._serialized_start=1175
-  _globals['_WORKERREPORT']._serialized_end=1403
-  _globals['_STEPSAMPLE']._serialized_start=1405
-  _globals['_STEPSAMPLE']._serialized_end=1510
-  _globals['_TRANSFERSAMPLE']._serialized_start=1512
-  _globals['_TRANSFERSAMPLE']._serialized_end=1585
-  _globals['_BLOCKEVENTS']._serialized_start=1587
-  _globals['_BLOCKEVENTS']._serialized_end=1677
-  _globals['_WORKERSTATE']._serialized_start=1679
-  _globals['_WORKERSTATE']._serialized_end=1782
-  _globals['_MEMBERSHIP']._serialized_start=1784
-  _globals['_MEMBERSHIP']._serialized_end=1876
-  _globals['_FRONTENDREPORT']._serialized_start=1879
-  _globals['_FRONTENDREPORT']._serialized_end=2016
-  _globals['_REPORTQUESTION']._serialized_start=2018
-  _globals['_REPORTQUESTION']._serialized_end=2105
-  _globals['_REPORTANSWER']._serialized_start=2107
-  _globals['_REPORTANSWER']._serialized_end=2151
-  _globals['_REQUESTEVENT']._serialized_start=2154
-  _globals['_REQUESTEVENT']._serialized_end=2321
-  _globals['_REQUESTEVENT_KIND']._serialized_start=2254
-  _globals['_REQUESTEVENT_KIND']._serialized_end=2321
-  _globals['_CLUSTERVIEW']._serialized_start=2324
-  _globals['_CLUSTERVIEW']._serialized_end=2489
-  _globals['_ROUTER']._serialized_start=2608
-  _globals['_ROUTER']._serialized_end=2927
+  _globals['_PLACERESPONSE']._serialized_end=749
+  _globals['_WORKERINFO']._serialized_start=752
+  _globals['_WORKERINFO']._serialized_end=1039
+  _globals['_WORKERLOAD']._serialized_start=1042
+  _globals['_WORKERLOAD']._serialized_end=1188
+  _globals['_WORKERREPORT']._serialized_start=1191
+  _globals['_WORKERREPORT']._serialized_end=1419
+  _globals['_STEPSAMPLE']._serialized_start=1421
+  _globals['_STEPSAMPLE']._serialized_end=1526
+  _globals['_TRANSFERSAMPLE']._serialized_start=1528
+  _globals['_TRANSFERSAMPLE']._serialized_end=1601
+  _globals['_BLOCKEVENTS']._serialized_start=1603
+  _globals['_BLOCKEVENTS']._serialized_end=1693
+  _globals['_WORKERSTATE']._serialized_start=1695
+  _globals['_WORKERSTATE']._serialized_end=1798
+  _globals['_MEMBERSHIP']._serialized_start=1800
+  _globals['_MEMBERSHIP']._serialized_end=1892
+  _globals['_FRONTENDREPORT']._serialized_start=1895
+  _globals['_FRONTENDREPORT']._serialized_end=2032
+  _globals['_REPORTQUESTION']._serialized_start=2034
+  _globals['_REPORTQUESTION']._serialized_end=2121
+  _globals['_REPORTANSWER']._serialized_start=2123
+  _globals['_REPORTANSWER']._serialized_end=2167
+  _globals['_REQUESTEVENT']._serialized_start=2170
+  _globals['_REQUESTEVENT']._serialized_end=2337
+  _globals['_REQUESTEVENT_KIND']._serialized_start=2270
+  _globals['_REQUESTEVENT_KIND']._serialized_end=2337
+  _globals['_CLUSTERVIEW']._serialized_start=2340
+  _globals['_CLUSTERVIEW']._serialized_end=2505
+  _globals['_ROUTER']._serialized_start=2624
+  _globals['_ROUTER']._serialized_end=2943
 # @@protoc_insertion_point(module_scope)

@@ -190,6 +190,7 @@ class PlaceResponse(_message.Message):
     RETRY_AFTER_S_FIELD_NUMBER: _builtins.int
     LAG_S_FIELD_NUMBER: _builtins.int
     WAITING_FIELD_NUMBER: _builtins.int
+    HOLD_S_FIELD_NUMBER: _builtins.int
     prefill_worker: _builtins.str
     decode_worker: _builtins.str
     """Equal to prefill_worker where no hand-off is needed."""
@@ -203,6 +204,8 @@ class PlaceResponse(_message.Message):
     """How much later than its objective the first token is due, for fairness between tenants."""
     waiting: _builtins.bool
     """Set instead of workers: the request waits for its turn, and whoever asks is to ask again at once."""
+    hold_s: _builtins.float
+    """With an error: for so long it holds for whoever asks for no less."""
     def __init__(
         self,
         *,
@@ -215,10 +218,11 @@ class PlaceResponse(_message.Message):
         retry_after_s: _builtins.float = ...,
         lag_s: _builtins.float = ...,
         waiting: _builtins.bool = ...,
+        hold_s: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cached_tokens", b"cached_tokens", "decode_worker", b"decode_worker", "error", b"error", "error_type", b"error_type", "lag_s", b"lag_s", "policy", b"policy", "prefill_worker", b"prefill_worker", "retry_after_s", b"retry_after_s", "waiting", b"waiting"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cached_tokens", b"cached_tokens", "decode_worker", b"decode_worker", "error", b"error", "error_type", b"error_type", "hold_s", b"hold_s", "lag_s", b"lag_s", "policy", b"policy", "prefill_worker", b"prefill_worker", "retry_after_s", b"retry_after_s", "waiting", b"waiting"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -12,9 +12,9 @@ from routing_fakes import DECODE, PREFILL, report, request
 
 from disagg.config import AdmissionConfig, RouterConfig
 from disagg.errors import DeadlineExceededError, NoCapacityError, OverloadedError
-from disagg.routing.admission import Admission, Reason
+from disagg.routing.admission import HIT_MEMORY_S, MAX_HOLD_S, Admission, Reason
 from disagg.routing.router import Router
-from disagg.routing.types import Placement, StepSample
+from disagg.routing.types import BlockEvents, Placement, StepSample
 
 _TOKEN_S, _STEP_S, _SEQUENCE_S = 1e-3, 0.01, 1e-3
 
@@ -90,6 +90,26 @@ def test_refuses_whose_first_token_would_be_late_and_says_when_to_return() -> No
     for number in range(taken):
         serve(gate, f"r{number}", 0.1 * number)
     assert isinstance(gate.ask(request("again", 100, slo_ttft_s=1.0), 1.0), Placement)
+
+
+def test_a_refusal_holds_for_others_unless_their_prompts_may_be_cached() -> None:
+    gate = admission(backlog_s=60.0)
+    flood(gate, num_tokens=100, slo_ttft_s=1.0)
+
+    def refused() -> OverloadedError:
+        with pytest.raises(OverloadedError) as refusal:
+            gate.ask(request("again", 160, slo_ttft_s=1.0), 0.0)
+        return refusal.value
+
+    assert 0 < refused().hold_s <= min(MAX_HOLD_S, refused().retry_after)
+    stored = BlockEvents(1, stored=(7,), snapshot=True)
+    gate.router.worker_report(report("prefill-0", PREFILL, blocks=stored), 0.0)
+    with pytest.raises(OverloadedError):
+        gate.ask(request("follow-up", 160, slo_ttft_s=1.0, block_hashes=(7, 8)), 0.0)
+    assert refused().hold_s == 0
+    with pytest.raises(OverloadedError) as refusal:
+        gate.ask(request("later", 160, slo_ttft_s=0.2), HIT_MEMORY_S)
+    assert refusal.value.hold_s > 0
 
 
 def test_a_looser_objective_gets_in_where_a_tight_one_does_not() -> None:
