@@ -3,17 +3,17 @@
     python benchmarks/kv_transfer.py --json out.json
 
 The publishing side runs in a process of its own. Limits are measured in the same run, each just before the
-pull that it is compared with: for shared memory one numpy copy of the same bytes; for the others a bare TCP stream
-of them between the same two processes, `sendall` from the one cache and `recv_into` the other, over a
+pull that it is compared with: for shared memory one numpy copy of the same bytes; for the others a bare TCP
+stream of them between the same two processes, `sendall` from the one cache and `recv_into` the other, over a
 connection that is kept. Figures are medians over --runs, shares medians of the runs' own shares; a first
 round of each warms up.
 
 Rows: kv_transfer/TRANSPORT/N_tokens for the KV of an 81 M model in fp32, kv_transfer/TRANSPORT/8b/N_tokens
 for that of an 8 B model in bf16, and latency_ms in each. `grpc` is the bulk stream that a pull between hosts
-takes; `grpc_messages` what is left of it where only the gRPC port can be reached; `gloo` what --kv-transport nccl
-is on CPUs; `nixl` UCX by whatever it chooses between processes of one host, `nixl_tcp` over TCP alone (neither
-where NIXL is not installed). Sizes that would need more
-than a quarter of the free memory are left out.
+takes; `grpc_messages` what is left of it where only the gRPC port can be reached; `gloo` what
+--kv-transport nccl is on CPUs; `nixl` UCX by whatever it chooses between processes of one host, `nixl_tcp`
+over TCP alone (neither where NIXL is not installed). Sizes that would need more than a quarter of the free
+memory are left out.
 """
 
 from __future__ import annotations

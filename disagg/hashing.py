@@ -10,11 +10,13 @@ from __future__ import annotations
 import hashlib
 from array import array
 from collections.abc import Sequence
+from functools import lru_cache
 
 BlockHash = bytes
 SHORT_HASH_BITS = 64
 
 
+@lru_cache(maxsize=1024)
 def chain_root(model: str, *, adapter: str = "", salt: str = "") -> BlockHash:
     """Return the parent of a sequence's first block: 32 bytes that depend on everything but the tokens."""
     digest = hashlib.sha256(b"disagg-kv-1")

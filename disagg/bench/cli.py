@@ -16,7 +16,22 @@ from disagg.bench.client import Client, Endpoint
 from disagg.bench.failures import BenchError, WarmUpError
 from disagg.bench.prompts import EndpointKind
 from disagg.bench.report import Report, render, to_json
-from disagg.workload import TraceFormat
+from disagg.bench.workload_flags import (
+    MADE_UP,
+    AmplitudeFlag,
+    ArrivalsFlag,
+    BurstinessFlag,
+    DurationFlag,
+    MaxInputLenFlag,
+    MaxOutputLenFlag,
+    PeriodFlag,
+    PrefixGroupsFlag,
+    PrefixLenFlag,
+    RateScaleFlag,
+    TraceFlag,
+    TraceFormatFlag,
+    TraceStartFlag,
+)
 
 EXIT_FAILED_REQUESTS = 1
 EXIT_USAGE = 2
@@ -24,8 +39,6 @@ EXIT_INTERRUPTED = 130
 
 bench_app = typer.Typer(help="Measure an OpenAI-compatible endpoint.", no_args_is_help=True)
 
-Load = "Load"
-Trace = "Load from a trace"
 Server = "Endpoint"
 Output = "Report"
 
@@ -64,71 +77,50 @@ def serve(
     ] = True,
     num_requests: Annotated[
         int | None,
-        typer.Option(help="Default: 100, or all of the trace's.", rich_help_panel=Load),
+        typer.Option(
+            help=f"Default: {bench.DEFAULTS.num_requests}, or all of the trace's.", rich_help_panel=MADE_UP
+        ),
     ] = None,
     request_rate: Annotated[
         float | None,
-        typer.Option(help="Requests per second; inf (the default): no pauses.", rich_help_panel=Load),
+        typer.Option(help="Requests per second; inf (the default): no pauses.", rich_help_panel=MADE_UP),
     ] = None,
-    burstiness: Annotated[
-        float | None,
-        typer.Option(
-            help="Shape of the gamma distributed gaps: 1 Poisson (the default), below 1 bursts, inf even.",
-            rich_help_panel=Load,
-        ),
-    ] = None,
+    arrivals: ArrivalsFlag = None,
+    burstiness: BurstinessFlag = None,
+    amplitude: AmplitudeFlag = None,
+    period: PeriodFlag = None,
     concurrency: Annotated[
         int | None,
-        typer.Option(
-            help="Most requests in flight; without a rate, a closed loop of so many users.",
-            rich_help_panel=Load,
-        ),
+        typer.Option(help="Most requests in flight; without a rate, a closed loop of so many users."),
     ] = None,
     input_len: Annotated[
         str | None,
         typer.Option(
-            help="Prompt tokens without the shared prefix: N, LOW-HIGH or lognormal:MEAN,CV. Default 256.",
-            rich_help_panel=Load,
+            help="Prompt tokens without the shared prefix: N, LOW-HIGH or lognormal:MEAN,CV. "
+            f"Default {bench.DEFAULTS.input_len}.",
+            rich_help_panel=MADE_UP,
         ),
     ] = None,
     output_len: Annotated[
-        str | None, typer.Option(help="Answer tokens, in the same ways. Default 64.", rich_help_panel=Load)
+        str | None,
+        typer.Option(
+            help=f"Answer tokens, in the same ways. Default {bench.DEFAULTS.output_len}.",
+            rich_help_panel=MADE_UP,
+        ),
     ] = None,
-    prefix_len: Annotated[
-        int | None,
-        typer.Option(help="Tokens of shared prefix before each prompt.", rich_help_panel=Load),
-    ] = None,
-    prefix_groups: Annotated[
-        int | None,
-        typer.Option(help="How many different shared prefixes. Default 1.", rich_help_panel=Load),
-    ] = None,
-    ignore_eos: Annotated[
-        bool,
-        typer.Option(help="Force the answer's length, and check it.", rich_help_panel=Load),
-    ] = True,
-    temperature: Annotated[float, typer.Option(rich_help_panel=Load)] = 0.0,
-    seed: Annotated[int, typer.Option(help="Of arrivals, lengths and contents.", rich_help_panel=Load)] = 0,
-    warmup: Annotated[
-        int, typer.Option(help="Requests sent first and not measured.", rich_help_panel=Load)
-    ] = 1,
-    trace: Annotated[Path | None, typer.Option(help="Replay this file.", rich_help_panel=Trace)] = None,
-    trace_format: Annotated[TraceFormat | None, typer.Option(rich_help_panel=Trace)] = None,
-    trace_start: Annotated[
-        float | None, typer.Option(help="Begin so many seconds into the trace.", rich_help_panel=Trace)
-    ] = None,
-    duration: Annotated[
-        float | None,
-        typer.Option(help="Replay so many seconds of the trace (trace time).", rich_help_panel=Trace),
-    ] = None,
-    rate_scale: Annotated[
-        float | None, typer.Option(help="Replay so many times as fast.", rich_help_panel=Trace)
-    ] = None,
-    max_input_len: Annotated[
-        int | None, typer.Option(help="Cut longer prompts to this.", rich_help_panel=Load)
-    ] = None,
-    max_output_len: Annotated[
-        int | None, typer.Option(help="Cut longer answers to this.", rich_help_panel=Load)
-    ] = None,
+    prefix_len: PrefixLenFlag = None,
+    prefix_groups: PrefixGroupsFlag = None,
+    ignore_eos: Annotated[bool, typer.Option(help="Force the answer's length, and check it.")] = True,
+    temperature: Annotated[float, typer.Option()] = 0.0,
+    seed: Annotated[int, typer.Option(help="Of arrivals, lengths and contents.")] = 0,
+    warmup: Annotated[int, typer.Option(help="Requests sent first and not measured.")] = 1,
+    trace: TraceFlag = None,
+    trace_format: TraceFormatFlag = None,
+    trace_start: TraceStartFlag = None,
+    duration: DurationFlag = None,
+    rate_scale: RateScaleFlag = None,
+    max_input_len: MaxInputLenFlag = None,
+    max_output_len: MaxOutputLenFlag = None,
     slo_ttft_ms: Annotated[
         float | None, typer.Option(help="Objective for goodput.", rich_help_panel=Output)
     ] = None,
@@ -153,7 +145,10 @@ def serve(
             api_key=api_key,
             num_requests=num_requests,
             request_rate=request_rate,
+            arrivals=arrivals,
             burstiness=burstiness,
+            amplitude=amplitude,
+            period=period,
             concurrency=concurrency,
             input_len=input_len,
             output_len=output_len,

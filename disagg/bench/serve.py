@@ -26,52 +26,25 @@ from disagg.bench.prompts import (
 )
 from disagg.bench.report import Objectives, Report, summarize
 from disagg.bench.runner import Runner
-from disagg.workload import (
-    AllAtOnce,
-    Arrivals,
-    ConstantRate,
-    GammaBursts,
-    Poisson,
-    SharedPrefix,
-    TraceFormat,
-    Workload,
-    WorkloadError,
-    parse_lengths,
-    read_trace,
-    synthesize,
-)
+from disagg.workload import Workload, WorkloadDefaults, WorkloadError, WorkloadOptions
+from disagg.workload import build_workload as build
+from disagg.workload.options import above_zero, at_least
 
-DEFAULT_REQUESTS = 100
-DEFAULT_INPUT_LEN = "256"
-DEFAULT_OUTPUT_LEN = "64"
+DEFAULTS = WorkloadDefaults(num_requests=100, rate_per_s=math.inf, input_len="256", output_len="64")
 
 
-@dataclass(frozen=True)
-class ServeOptions:
-    """The flags of `disagg bench serve`, by their names. None: the flag was not given."""
+@dataclass(frozen=True, kw_only=True)
+class ServeOptions(WorkloadOptions):
+    """The flags of `disagg bench serve`, by their names. None: the flag was not given.
+
+    Raises BenchError naming the flag.
+    """
 
     url: str = "http://127.0.0.1:8000"
     endpoint: EndpointKind = EndpointKind.COMPLETIONS
     model: str | None = None
     api_key: str | None = dataclasses.field(default=None, repr=False)
-    num_requests: int | None = None
-    request_rate: float | None = None
-    """Requests per second; infinite: all at once."""
-    burstiness: float | None = None
     concurrency: int | None = None
-    input_len: str | None = None
-    output_len: str | None = None
-    prefix_len: int | None = None
-    prefix_groups: int | None = None
-    trace: Path | None = None
-    trace_format: TraceFormat | None = None
-    trace_start: float | None = None
-    """Seconds into the trace."""
-    duration: float | None = None
-    """Seconds of the trace, before `rate_scale`."""
-    rate_scale: float | None = None
-    max_input_len: int | None = None
-    max_output_len: int | None = None
     vocab_size: int | None = None
     ignore_eos: bool = True
     continuous_usage: bool = True
@@ -84,37 +57,21 @@ class ServeOptions:
     slo_tpot_ms: float | None = None
 
     def __post_init__(self) -> None:
-        self._check_ranges()
-        self._refuse_useless()
-
-    def _check_ranges(self) -> None:
-        for name in ("num_requests", "concurrency", "prefix_len", "prefix_groups", "vocab_size"):
-            _at_least(name, getattr(self, name), 1)
-        for name in ("max_input_len", "max_output_len"):
-            _at_least(name, getattr(self, name), 1)
-        for name in ("warmup", "seed", "temperature", "trace_start"):
-            _at_least(name, getattr(self, name), 0)
-        for name in ("timeout", "slo_ttft_ms", "slo_tpot_ms", "request_rate", "burstiness"):
-            _above_zero(name, getattr(self, name))
-        for name in ("duration", "rate_scale"):
-            _above_zero(name, getattr(self, name))
-
-    def _refuse_useless(self) -> None:
-        """A flag that would have no effect is an error, not a surprise in the figures."""
-        replaced = ("request_rate", "burstiness", "input_len", "output_len", "prefix_len", "prefix_groups")
-        only_trace = ("trace_format", "trace_start", "duration", "rate_scale")
-        wrong, why = (replaced, "has no effect with --trace") if self.trace else (only_trace, "needs --trace")
-        for name in wrong:
-            if getattr(self, name) is not None:
-                raise BenchError(flag(name), why)
-        if self.trace is not None and self.trace_format is None:
-            raise BenchError("--trace-format", "needed with --trace: azure or mooncake")
-        if self.burstiness is not None and not self.has_rate:
-            raise BenchError("--burstiness", "needs a finite --request-rate")
-        if self.prefix_groups is not None and self.prefix_len is None:
-            raise BenchError("--prefix-groups", "needs --prefix-len")
+        try:
+            super().__post_init__()
+            self._check_ranges()
+        except WorkloadError as error:
+            raise BenchError(error.field, error.problem) from None
         if self.vocab_size is not None and self.endpoint is EndpointKind.CHAT:
             raise BenchError("--vocab-size", "has no effect with --endpoint chat, whose prompts are words")
+
+    def _check_ranges(self) -> None:
+        for name in ("concurrency", "vocab_size"):
+            at_least(name, getattr(self, name), 1)
+        for name in ("warmup", "seed", "temperature"):
+            at_least(name, getattr(self, name), 0)
+        for name in ("timeout", "slo_ttft_ms", "slo_tpot_ms"):
+            above_zero(name, getattr(self, name))
 
     @property
     def has_rate(self) -> bool:
@@ -140,50 +97,14 @@ class ServeOptions:
         }
 
 
-def flag(name: str) -> str:
-    """How an option is written on the command line."""
-    return "--" + name.replace("_", "-")
-
-
 def build_workload(options: ServeOptions) -> Workload:
-    """The workload that the flags describe; raises BenchError naming the flag."""
+    """Return the workload that the flags describe. Raises BenchError naming the flag or the trace's line."""
     try:
-        workload = _from_trace(options, options.trace) if options.trace else _synthetic(options)
-        return workload.cap_lengths(options.max_input_len, options.max_output_len)
+        return build(options, DEFAULTS, options.seed)
     except WorkloadError as error:
-        field = "--trace" if options.trace else error.field
-        raise BenchError(field, str(error) if options.trace else error.problem) from error
-
-
-def _from_trace(options: ServeOptions, path: Path) -> Workload:
-    trace_format = options.trace_format or TraceFormat.AZURE
-    start = options.trace_start or 0.0
-    workload = read_trace(path, trace_format, start, options.duration, options.num_requests)
-    return workload.scale_rate(options.rate_scale or 1.0)
-
-
-def _synthetic(options: ServeOptions) -> Workload:
-    prefix = None
-    if options.prefix_len is not None:
-        prefix = SharedPrefix(options.prefix_groups or 1, options.prefix_len)
-    return synthesize(
-        options.num_requests or DEFAULT_REQUESTS,
-        _arrivals(options),
-        parse_lengths(options.input_len or DEFAULT_INPUT_LEN, "--input-len"),
-        parse_lengths(options.output_len or DEFAULT_OUTPUT_LEN, "--output-len"),
-        np.random.default_rng(options.seed),
-        prefix,
-    )
-
-
-def _arrivals(options: ServeOptions) -> Arrivals:
-    if options.request_rate is None or not options.has_rate:
-        return AllAtOnce()
-    if options.burstiness is None or options.burstiness == 1:
-        return Poisson(options.request_rate)
-    if math.isinf(options.burstiness):
-        return ConstantRate(options.request_rate)
-    return GammaBursts(options.request_rate, options.burstiness)
+        if options.trace is not None:
+            raise BenchError("--trace", str(error)) from error
+        raise BenchError(error.field, error.problem) from error
 
 
 def prepare(options: ServeOptions, workload: Workload, endpoint: Endpoint) -> RequestBuilder:
@@ -259,13 +180,3 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
         path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     except OSError as error:
         raise BenchError("--json", f"cannot write {path}: {error.strerror or error}") from error
-
-
-def _at_least(name: str, value: float | None, least: int) -> None:
-    if value is not None and not value >= least:
-        raise BenchError(flag(name), f"must be at least {least}, got {value}")
-
-
-def _above_zero(name: str, value: float | None) -> None:
-    if value is not None and not value > 0:
-        raise BenchError(flag(name), f"must be above 0, got {value}")

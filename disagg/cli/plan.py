@@ -14,9 +14,9 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from disagg.cli.simulate import EXIT_USAGE, WorkloadOptions, build_workload
+from disagg.cli.simulate import DEFAULTS, EXIT_USAGE
 from disagg.errors import ConfigError
-from disagg.workload import TraceFormat, WorkloadError
+from disagg.workload import TraceFormat, WorkloadError, WorkloadOptions, build_workload
 
 if TYPE_CHECKING:
     from disagg.sim.planner.search import Result
@@ -161,8 +161,16 @@ def plan(
         )
         _refuse_bad_numbers(demand, tolerance, limits)
         base, objectives = load_base(cluster, model, slo_ttft_ms, slo_tpot_ms)
-        options = _workload_options(trace, trace_format, input_len, output_len, max_input_len, max_output_len)
-        load = Load(build_workload(options, seed), seed, num_requests, min_seconds)
+        options = WorkloadOptions(
+            num_requests=None if trace else SAMPLED_REQUESTS,
+            input_len=input_len,
+            output_len=output_len,
+            trace=trace,
+            trace_format=trace_format,
+            max_input_len=max_input_len,
+            max_output_len=max_output_len,
+        )
+        load = Load(build_workload(options, DEFAULTS, seed), seed, num_requests, min_seconds)
         criterion = Criterion(*objectives, attainment, objective is Objective.JOINT)
         space = Space(base, limits)
         with _status(console) as notify:
@@ -210,35 +218,6 @@ def _refuse_bad_numbers(demand: float | None, tolerance: float, limits: Limits) 
     ):
         if value is not None and not value > 0:
             raise ConfigError(f"{flag}: must be above 0", param=flag)
-
-
-def _workload_options(
-    trace: Path | None,
-    trace_format: TraceFormat | None,
-    input_len: str | None,
-    output_len: str | None,
-    max_input_len: int | None,
-    max_output_len: int | None,
-) -> WorkloadOptions:
-    return WorkloadOptions(
-        trace=trace,
-        trace_format=trace_format,
-        trace_start=None,
-        duration=None,
-        rate_scale=None,
-        num_requests=None if trace else SAMPLED_REQUESTS,
-        request_rate=None,
-        arrivals=None,
-        burstiness=None,
-        amplitude=None,
-        period=None,
-        input_len=input_len,
-        output_len=output_len,
-        prefix_len=None,
-        prefix_groups=None,
-        max_input_len=max_input_len,
-        max_output_len=max_output_len,
-    )
 
 
 def load_base(

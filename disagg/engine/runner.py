@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import NamedTuple, Protocol, runtime_checkable
 
 from disagg.engine.sequence import Sequence
 from disagg.types import Request, SampledToken
@@ -12,8 +12,7 @@ from disagg.types import Request, SampledToken
 PLACEHOLDER = -1
 
 
-@dataclass(frozen=True, slots=True)
-class ScheduledSequence:
+class ScheduledSequence(NamedTuple):
     """`num_tokens` tokens of `seq` are to be computed, from seq.num_computed_tokens on."""
 
     seq: Sequence
@@ -22,7 +21,7 @@ class ScheduledSequence:
     @property
     def samples(self) -> bool:
         """Whether the chunk reaches the last known token, so that the next one is drawn."""
-        return self.seq.num_computed_tokens + self.num_tokens == self.seq.num_tokens
+        return self.seq.num_computed_tokens + self.num_tokens == len(self.seq.token_ids)
 
 
 @dataclass(frozen=True, slots=True)

@@ -189,9 +189,13 @@ class Scheduler:
         prefills: list[Sequence] = []
         for seq in self.running:
             # Nothing is left of one whose last tokens are being computed, see overlap.py.
-            if seq.num_uncomputed_tokens > 0:
-                (decodes if seq.num_uncomputed_tokens == 1 else prefills).append(seq)
-        shares = {seq: 1 for seq in decodes if seq.status is SequenceStatus.RUNNING and self._grow(seq)}
+            uncomputed = len(seq.token_ids) - seq.num_computed_tokens
+            if uncomputed == 1:
+                decodes.append(seq)
+            elif uncomputed > 0:
+                prefills.append(seq)
+        running = SequenceStatus.RUNNING
+        shares = {seq: 1 for seq in decodes if seq.status is running and self._grow(seq)}
         budget = self._token_budget - len(shares)
         if shares:
             # Streams run: their next token waits for the whole step.
@@ -201,13 +205,10 @@ class Scheduler:
         # A prompt may have been preempted for a decode a moment ago.
         prefills = [seq for seq in prefills if seq.status is SequenceStatus.RUNNING]
         self._share_out(shares, prefills, budget, admitting)
-        return Batch(tuple(self._scheduled(seq, share, now) for seq, share in shares.items()))
-
-    @staticmethod
-    def _scheduled(seq: Sequence, num_tokens: int, now: float) -> ScheduledSequence:
-        if seq.first_scheduled_at is None:
-            seq.first_scheduled_at = now
-        return ScheduledSequence(seq, num_tokens)
+        for seq in shares:
+            if seq.first_scheduled_at is None:
+                seq.first_scheduled_at = now
+        return Batch(tuple(map(ScheduledSequence, shares.keys(), shares.values())))
 
     def _share_out(
         self, shares: dict[Sequence, int], prefills: list[Sequence], budget: int, admitting: bool
@@ -266,7 +267,7 @@ class Scheduler:
 
     def _grow(self, seq: Sequence) -> bool:
         """See that `seq` has a block for its last token, preempting others, or itself: then False."""
-        if len(seq.block_table) * self._block_size >= seq.num_tokens:
+        if len(seq.block_table) * self._block_size >= len(seq.token_ids):
             return True
         while (blocks := self._pool.allocate(1)) is None:
             # Served last, hence not in this step's batch yet: decodes are scheduled by rank.
@@ -328,13 +329,14 @@ class Scheduler:
     def _headroom(self) -> int:
         """Return how many blocks are left alone for the growth of what goes on."""
         # A sequence that is held after its first token needs no block beyond those it has.
-        growing = sum(1 for seq in self.running if not seq.hold)
-        return growing + sum(1 for seq in self.receiving.values() if not seq.hold)
+        growing = [seq.hold for seq in self.running]
+        growing += [seq.hold for seq in self.receiving.values()]
+        return growing.count(False)
 
     def _too_many_receive(self, num_more: int) -> bool:
         if not self.running and not self.receiving:
             return False
-        held = sum(len(seq.block_table) for seq in self.receiving.values())
+        held = sum([len(seq.block_table) for seq in self.receiving.values()])
         return held + num_more > self._max_receiving_blocks
 
     def _cached_prefix(self, seq: Sequence) -> list[int]:
@@ -435,5 +437,7 @@ class Scheduler:
 
     def tokens_to_compute(self) -> int:
         """Return the tokens still to be computed of everything that waits, receives or runs."""
-        active = (*self.running, *self.receiving.values())
-        return self.waiting.num_tokens + sum(tokens_to_compute(seq) for seq in active)
+        receiving = sum([tokens_to_compute(seq) for seq in self.receiving.values()])
+        # Of who runs nothing is to come from a peer.
+        running = sum([len(seq.token_ids) - seq.num_computed_tokens for seq in self.running])
+        return self.waiting.num_tokens + receiving + running

@@ -130,12 +130,14 @@ class Admission:
 
         Raises OverloadedError where it is refused, and what Router.place raises.
         """
+        if not self._config.enabled:
+            return self.router.place(request, now)
         self.withdraw(request.request_id)
         choice, prediction = self.router.consider(request)
         if max(choice.depths) > 0:
             self._hit_at = now
         offer = _Offer(choice, prediction, self._work_s(request, choice, prediction))
-        if not self._config.enabled or request.resumed or not prediction.fitted:
+        if request.resumed or not prediction.fitted:
             return self._place(request, offer, now, now, None)
         self._shares.asked(request.tenant, now)
         item = self._waiting(request, offer, now)

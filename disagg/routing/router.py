@@ -30,7 +30,7 @@ class Router:
     """Placement, and the book-keeping that it rests on.
 
     view: the cluster as it is known. counters: placements by (policy, kind). All methods cost about the
-    same whatever the number of requests in flight.
+    same whatever the number of requests in flight. predicting: whether `place` says what to expect.
     """
 
     def __init__(
@@ -39,6 +39,7 @@ class Router:
         rng: random.Random,
         *,
         policy: Policy | None = None,
+        predicting: bool = True,
         max_charges: int = 100_000,
         max_index_entries: int = 4_000_000,
     ) -> None:
@@ -48,6 +49,7 @@ class Router:
         self.index = PrefixIndex(max_index_entries)
         self.counters: Counter[tuple[str, str]] = Counter()
         self._assumptions = Assumptions(self.index)
+        self._predicting = predicting
         self._errors: list[tuple[str, float]] = []
         self._rng = rng
 
@@ -59,7 +61,8 @@ class Router:
         Raises NoCapacityError where no worker takes requests, InvalidRequestError naming `prompt` where
         none that lives could take it.
         """
-        choice, prediction = self.consider(request)
+        choice = self._choose(request, self.policy)
+        prediction = self._predict(request, choice) if self._predicting else None
         return self.commit(request, choice, prediction, now)
 
     def consider(self, request: PlacementRequest, policy: Policy | None = None) -> tuple[Choice, Prediction]:
@@ -67,15 +70,21 @@ class Router:
 
         policy: in place of the router's own. Raises as `place`.
         """
+        choice = self._choose(request, policy or self.policy)
+        return choice, self._predict(request, choice)
+
+    def _choose(self, request: PlacementRequest, policy: Policy) -> Choice:
         if request.num_tokens < 1:
             raise InvalidRequestError("the prompt has no tokens", param="prompt")
         # A retry's earlier charge must not count against the workers that it is now weighed on.
         self.finished(request.request_id)
-        choice = (policy or self.policy).choose(request, self.view, self.index, self._rng)
-        return choice, predict(request, self.view, choice.prefill, choice.decode, choice.depths)
+        return policy.choose(request, self.view, self.index, self._rng)
+
+    def _predict(self, request: PlacementRequest, choice: Choice) -> Prediction:
+        return predict(request, self.view, choice.prefill, choice.decode, choice.depths)
 
     def commit(
-        self, request: PlacementRequest, choice: Choice, prediction: Prediction, now: float
+        self, request: PlacementRequest, choice: Choice, prediction: Prediction | None, now: float
     ) -> Placement:
         """Charge a request where `consider` would have it, at once: a choice does not outlive its view."""
         placement = choice.placement(request, self.view, self.policy.name, prediction)

@@ -62,8 +62,10 @@ class DecodeRun:
         """Note a request that may join one day, and how long it may get."""
         self._longest = max(self._longest, -(-max_num_tokens // self._pool.block_size))
 
-    def __contains__(self, seq: Sequence) -> bool:
-        return seq in self._members
+    def without(self, items: Iterable[ScheduledSequence]) -> list[ScheduledSequence]:
+        """Return the items of sequences that don't take part."""
+        members = self._members
+        return [item for item in items if item.seq not in members]
 
     def join(self, seq: Sequence) -> None:
         """Let a running sequence whose last token alone is to be computed take part from now on."""
@@ -211,10 +213,13 @@ class DecodeRun:
 
     def missing_blocks(self) -> int:
         """Return how many blocks these sequences have, amid a leg, that the engine does not know of yet."""
-        size, steps, missing = self._pool.block_size, self._steps, 0
-        for seq, step in self._members.items():
-            missing += -((step - steps - len(seq.token_ids)) // size) - len(seq.block_table)
-        return missing
+        size, steps = self._pool.block_size, self._steps
+        return sum(
+            [
+                -((step - steps - len(seq.token_ids)) // size) - len(seq.block_table)
+                for seq, step in self._members.items()
+            ]
+        )
 
     def settle(self, *, in_flight: bool = False) -> None:
         """Bring the engine up to date. in_flight: the next step has begun, so there are blocks for it."""

@@ -45,7 +45,7 @@ from disagg.workload import TimedRequest, Workload
 _FRONTEND = "sim"
 _MODEL = "sim"
 _PROGRESS_EVERY = 2048
-# Policies that look at no prediction: for them, samples would only cost time.
+# Policies that look at no prediction: for them, samples and predictions would only cost time.
 _UNPREDICTING = {
     *("round_robin", "least_loaded", "power_of_two", "prefix_aware", "splitwise_jsq", "distserve_fcfs"),
 }
@@ -114,9 +114,11 @@ class Simulation:
             [item.prompt_tokens for item in requests],
             [item.output_tokens for item in requests],
         )
+        name = spec.router.policy if policy is None else policy.name
+        predicting = self._predicting = name not in _UNPREDICTING or spec.admission is not None
         rng, max_charges = random.Random(seed), max(100_000, len(requests))
         self.frontend = FrontEnd(
-            lambda: Router(spec.router, rng, policy=policy, max_charges=max_charges),
+            lambda: Router(spec.router, rng, policy=policy, predicting=predicting, max_charges=max_charges),
             dead_after_s=spec.router.dead_after_s,
             admission=spec.admission or AdmissionConfig(enabled=False),
             on_released=self._released,
@@ -126,8 +128,6 @@ class Simulation:
         self._root = chain_root(_MODEL)
         self._handoff = spec.links.handoff
         self._costs: dict[str, CostModel] = {}
-        name = spec.router.policy if policy is None else policy.name
-        self._predicting = name not in _UNPREDICTING or spec.admission is not None
         self.workers = self._make_workers(fast)
         self.network = self._make_network()
         self._kv_bytes = spec.shape.kv_bytes_per_token

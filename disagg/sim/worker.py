@@ -247,15 +247,14 @@ class SimWorker:
     def _join(self, run: DecodeRun, batch: Batch) -> list[ScheduledSequence]:
         """See that the run has exactly the batch's decodes; return the rest, which are chunks of prompts."""
         chunks = []
-        for item in batch.items:
-            if item.seq in run:
-                continue
+        for item in run.without(batch.items):
             if _is_decode(item):
                 run.join(item.seq)
             else:
                 chunks.append(item)
         if run.size != len(batch.items) - len(chunks):
-            run.keep(item.seq for item in batch.items if item.seq in run)
+            others = {item.seq for item in chunks}
+            run.keep(item.seq for item in batch.items if item.seq not in others)
         return chunks
 
     def _begin_leg(self, run: DecodeRun, items: list[ScheduledSequence], *, single: bool) -> None:

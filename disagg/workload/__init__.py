@@ -4,6 +4,7 @@ Pure Python and numpy, so that the load generator (`disagg.bench`) and the simul
 same requests. Random draws take a seeded `numpy.random.Generator` as an argument.
 """
 
+from disagg.workload.options import ArrivalKind, WorkloadDefaults, WorkloadOptions, build_workload
 from disagg.workload.synthetic import (
     AllAtOnce,
     Arrivals,
@@ -24,6 +25,7 @@ from disagg.workload.types import Segment, TimedRequest, Workload, WorkloadError
 
 __all__ = [
     "AllAtOnce",
+    "ArrivalKind",
     "Arrivals",
     "ConstantRate",
     "Diurnal",
@@ -39,7 +41,10 @@ __all__ = [
     "TraceFormat",
     "UniformLength",
     "Workload",
+    "WorkloadDefaults",
     "WorkloadError",
+    "WorkloadOptions",
+    "build_workload",
     "parse_lengths",
     "read_azure",
     "read_mooncake",

@@ -16,6 +16,8 @@ from click.testing import Result
 from typer.testing import CliRunner
 
 from disagg.bench.cli import bench_app
+from disagg.bench.serve import DEFAULTS
+from disagg.workload import ArrivalKind, WorkloadOptions, build_workload
 
 
 @pytest.fixture(autouse=True)
@@ -74,6 +76,19 @@ def test_open_loop_sends_at_the_rate(server: FakeServer, tmp_path: Path) -> None
     assert bench(server, *args).exit_code == 0
     duration = json.loads(out.read_text())["requests"]["duration_s"]
     assert duration >= 0.2
+
+
+def test_a_made_up_workload_is_simulated_and_sent_alike(server: FakeServer, tmp_path: Path) -> None:
+    out = tmp_path / "out.json"
+    shape = {"request_rate": 40, "duration": 0.5, "arrivals": "diurnal", "period": 0.5, "amplitude": 1}
+    assert bench(server, *flags(**shape, input_len="4-9", output_len=2, warmup=0, json=out)).exit_code == 0
+    assert json.loads(out.read_text())["requests"]["ok"] == 20
+    lengths = {"input_len": "4-9", "output_len": "2"}
+    options = WorkloadOptions(**(shape | lengths | {"arrivals": ArrivalKind.DIURNAL}))
+    workload = build_workload(options, DEFAULTS, seed=0)
+    assert sorted(len(body["prompt"]) for body in server.bodies) == sorted(
+        request.prompt_tokens for request in workload
+    )
 
 
 def test_trace_is_replayed(server: FakeServer, tmp_path: Path) -> None:
@@ -141,6 +156,11 @@ def test_failing_warm_up_sends_no_load(server: FakeServer) -> None:
         (flags(request_rate=-1), "--request-rate"),
         (flags(request_rate="nan"), "--request-rate"),
         (flags(burstiness=2), "--burstiness"),
+        (flags(burstiness=2, request_rate=1, arrivals="constant"), "--burstiness"),
+        (flags(arrivals="bursts"), "--arrivals"),
+        (flags(period=2, request_rate=1), "--period"),
+        (flags(duration=3), "--duration"),
+        (flags(duration=3, request_rate=1, num_requests=3), "--duration"),
         (flags(prefix_groups=2), "--prefix-groups"),
         (flags(concurrency=0), "--concurrency"),
         (flags(model="other"), "--model"),

@@ -140,7 +140,7 @@ def test_flags_stand_over_the_file(cluster: Path) -> None:
         (("--trace", "x", "--trace-format", "azure", "--request-rate", "3"), "--request-rate"),
         (("--trace", "missing", "--trace-format", "azure"), "missing"),
         (("--input-len", "many"), "--input-len"),
-        (("--burstiness", "0.5"), "--burstiness"),
+        (("--burstiness", "0.5", "--arrivals", "constant"), "--burstiness"),
         (("--period", "5"), "--period"),
         (("--prefix-groups", "5"), "--prefix-groups"),
         (("--duration", "5", "--num-requests", "5"), "--duration"),
