@@ -178,7 +178,9 @@ def _cluster(config: ClusterConfig) -> Iterator[None]:
         controller = get_or_create_controller(config, secrets.token_hex(32))
         pools = controller.start.remote()
         console.print(f"loading {config.model.name}: {_pools(config)}", style="dim")
-        ray_serve.start(http_options={"host": config.frontend.host, "port": config.frontend.port})
+        # On a busy machine Serve replaces a proxy that was not ready in time, and says that the first died.
+        with contextlib.suppress(ray.exceptions.RayActorError):
+            ray_serve.start(http_options={"host": config.frontend.host, "port": config.frontend.port})
         ray.get(pools)
         console.print("starting the front end", style="dim")
         application = build(config.model_dump(mode="json"))

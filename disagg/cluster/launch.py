@@ -76,6 +76,8 @@ def prepare_environment() -> None:
         "RAY_SERVE_HAPROXY_SOCKET_PATH": str(run_folder / "admin.sock"),
         "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(run_folder),
         "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(run_folder / "server-state"),
+        # With the default of 5 s a busy machine's proxy is replaced while it starts.
+        "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "30",
         # Nothing balances over a laptop's single replica, so there is nobody to wait for on the way out.
         "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "0",
     }
