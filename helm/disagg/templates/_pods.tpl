@@ -75,6 +75,8 @@ readinessProbe:
 - {name: RAY_USAGE_STATS_ENABLED, value: "0"}
 # Serve's Python proxy costs about 10 ms a request more than HAProxy.
 - {name: RAY_SERVE_ENABLE_HA_PROXY, value: "1"}
+# Else it writes a line for each request, which a process of Serve's counts; front ends count theirs.
+- {name: RAY_SERVE_HAPROXY_METRICS_ENABLED, value: "0"}
 {{- end }}
 
 {{/* Resources with the GPUs of a pool added. Takes a pool. */}}
