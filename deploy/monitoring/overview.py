@@ -26,12 +26,18 @@ from deploy.monitoring.rules import BUDGET
 _ATTAINED = ((None, BAD), (1 - 3 * BUDGET, WARN), (1 - BUDGET, GOOD))
 _BUDGET_LEFT = ((None, BAD), (0.0, WARN), (0.25, GOOD))
 _AT_LEAST_ONE = ((None, BAD), (1.0, GOOD))
-# One line each in a panel's title row; a request's parts in the order in which they pass.
+# A request's parts in the order in which they pass.
 _PARTS = (
     ("queue", "disagg_request_queue_seconds"),
     ("prefill", "disagg_request_prefill_seconds"),
     ("transfer", "disagg_request_kv_transfer_seconds"),
     ("first decode step", "disagg_request_first_decode_seconds"),
+)
+# What clients call queueing begins with their first byte; the front end's own work is a part of it.
+_FRONTEND = mean("disagg_request_frontend_seconds")
+_QUEUE = (
+    Series(_FRONTEND, "front end"),
+    Series(f"{mean('disagg_request_queue_seconds')} - {_FRONTEND}", "queue"),
 )
 
 
@@ -129,25 +135,28 @@ def _waterfall() -> Sequence[Any]:
         lines(
             "Time to the second token, mean",
             "s",
-            "queue + prefill is the time to the first token, which the prefill worker sends. What follows is "
-            "the gap to the second: the KV's way to the decode worker and that worker's first step.",
-            *(Series(mean(metric), name) for name, metric in _PARTS),
+            "front end + queue + prefill is the time to the first token, which the prefill worker sends. "
+            "What follows is the gap to the second: the KV's way to the decode worker and its first step.",
+            *_QUEUE,
+            *(Series(mean(metric), name) for name, metric in _PARTS[1:]),
             stacked=True,
         ),
         lines(
             "Each part, P99",
             "s",
-            "P99 of each part by itself: they do not add up to the P99 of the whole.",
+            "P99 of each part by itself: they do not add up to the P99 of the whole. queue here includes the "
+            "front end.",
             *(
                 Series(f"histogram_quantile(0.99, sum by (le) (rate({metric}_bucket{{{JOB}}}{RATE})))", name)
-                for name, metric in _PARTS
+                for name, metric in (("front end", "disagg_request_frontend_seconds"), *_PARTS)
             ),
         ),
         lines(
             "Whole request, mean",
             "s",
-            "The four parts of a request from its arrival to its end; they add up to what the client saw.",
-            *(Series(mean(metric), name) for name, metric in _PARTS[:3]),
+            "The parts of a request from its arrival to its end; they add up to what the client saw.",
+            *_QUEUE,
+            *(Series(mean(metric), name) for name, metric in _PARTS[1:3]),
             Series(mean("disagg_request_decode_seconds"), "decode"),
             stacked=True,
         ),
@@ -218,9 +227,18 @@ def _traffic() -> Sequence[Any]:
         lines(
             "Sheds and resumes",
             "reqps",
-            "shed: answered 429. worker_lost: went on elsewhere. kv_lost: the prompt was computed again.",
+            "shed: answered 429, by admission or by a worker whose queue is full. worker_lost: went on "
+            "elsewhere. kv_lost: the prompt was computed again.",
             Series(f'sum(rate(disagg_requests_total{{{JOB},outcome="shed"}}{RATE}))', "shed"),
             Series(f"sum by (cause) (rate(disagg_request_resumes_total{{{JOB}}}{RATE}))", "{{cause}}"),
+        ),
+        lines(
+            "Refused by admission",
+            "reqps",
+            "ttft, tpot: it would have missed that objective. streams: it would have made running streams "
+            "miss theirs. wait, queue_full: too much waits. deadline: its time ran out while it waited.",
+            Series(f"sum by (reason) (rate(disagg_router_refusals_total{{{JOB}}}{RATE}))", "{{reason}}"),
+            stacked=True,
         ),
     )
 
@@ -237,7 +255,9 @@ def _pools() -> Sequence[Any]:
         lines(
             "Waiting",
             "short",
-            "Requests that wait to be scheduled, and prefilled ones that wait for a decode worker.",
+            "Requests that admission has wait at the router, those that wait in a worker to be scheduled, "
+            "and prefilled ones that wait for a decode worker.",
+            Series(f"sum(disagg_router_queue_requests{{{JOB}}})", "router"),
             Series(f"sum by (role) (disagg_num_requests_waiting{{{JOB}}})", "{{role}}"),
             Series(f"sum by (role) (disagg_num_requests_held{{{JOB}}})", "{{role}}, held"),
         ),

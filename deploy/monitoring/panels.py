@@ -15,9 +15,11 @@ RATE = "[$__rate_interval]"
 SOURCE = model.DataSourceRef(type_val="prometheus", uid="${datasource}")
 
 # One colour for each part of a request and each pool, wherever it appears.
-QUEUE, PREFILL, TRANSFER, DECODE = "#E0B400", "#3274D9", "#8F3BB8", "#37872D"
+FRONTEND, QUEUE = "#8E8E8E", "#E0B400"
+PREFILL, TRANSFER, DECODE = "#3274D9", "#8F3BB8", "#37872D"
 BAD, WARN, GOOD = "#C4162A", "#E0B400", "#37872D"
 COLORS = {
+    "front end": FRONTEND,
     "queue": QUEUE,
     "prefill": PREFILL,
     "transfer": TRANSFER,

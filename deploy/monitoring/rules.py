@@ -141,7 +141,8 @@ def _alerts() -> list[Rule]:
             f"sum by (job) (rate(disagg_requests_total{{{_COUNTED}}}[5m]))",
             "warning",
             "{{ $value | humanize }} requests a second are shed",
-            "More than 5 % of the traffic gets 429: it is above what the pools can carry.",
+            "More than 5 % of the traffic gets 429: it is above what the pools can carry within the "
+            "objectives. disagg_router_refusals_total says for which reason.",
             hold="5m",
         ),
         _alert(

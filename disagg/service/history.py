@@ -19,10 +19,10 @@ PERIOD_S = 10
 LENGTH = 90
 QUANTILES = (0.5, 0.9, 0.99)
 WITH_QUANTILES = ("ttft", "tpot")
-WITH_MEANS = ("queue", "prefill", "kv_transfer", "first_decode")
+WITH_MEANS = ("frontend", "queue", "prefill", "kv_transfer", "first_decode")
 _INFINITY = float("inf")
 
-# A row: {"t": period number, name: number, name: {bucket bound: count, "sum": seconds}}.
+# A row: {"t": period number, name: {label values: number}, name: {bucket bound: count, "sum": seconds}}.
 Row = dict[str, Any]
 
 
@@ -33,6 +33,7 @@ class History:
         self._histograms: Mapping[str, Histogram] = {
             "ttft": metrics.ttft,
             "tpot": metrics.tpot,
+            "frontend": metrics.frontend,
             "queue": metrics.queue,
             "prefill": metrics.prefill,
             "kv_transfer": metrics.kv_transfer,
@@ -44,11 +45,12 @@ class History:
             "generation_tokens": metrics.generation_tokens,
             "resumes": metrics.resumes,
         }
+        self._placing = metrics.placing
         self._rows: deque[Row] = deque(maxlen=LENGTH)
         self._last: dict[str, dict[str, float]] = self._read()
 
     def sample(self, period: int) -> None:
-        """Keep what was counted since the last call as that period's row."""
+        """Keep what was counted since the last call as that period's row, and who waits at its end."""
         now = self._read()
         row: Row = {"t": period}
         for name, values in now.items():
@@ -57,6 +59,8 @@ class History:
             if any(added.values()):
                 row[name] = added
         self._last = now
+        if waiting := sum(sample.value for family in self._placing.collect() for sample in family.samples):
+            row["placing"] = {"": waiting}
         self._rows.append(row)
 
     def _read(self) -> dict[str, dict[str, float]]:
@@ -113,6 +117,7 @@ def summarize(row: Row) -> dict[str, Any]:
         "prompt_tokens": sum(row.get("prompt_tokens", {}).values()) / PERIOD_S,
         "generation_tokens": sum(row.get("generation_tokens", {}).values()) / PERIOD_S,
         "resumes": sum(row.get("resumes", {}).values()),
+        "placing": sum(row.get("placing", {}).values()),
     }
     for name in WITH_QUANTILES:
         summary[name] = [quantile(row.get(name, {}), q) for q in QUANTILES]
@@ -120,6 +125,9 @@ def summarize(row: Row) -> dict[str, Any]:
         values = row.get(name, {})
         count = values.get("+Inf", 0.0)
         summary[name] = values.get("sum", 0.0) / count if count else None
+    if summary["queue"] is not None:
+        # The page stacks them.
+        summary["queue"] -= summary["frontend"] or 0.0
     return summary
 
 

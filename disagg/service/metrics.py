@@ -125,7 +125,7 @@ class FrontendMetrics:
     """What the clients of one front end saw.
 
     queue + prefill of a request are its time to the first token, kv_transfer + first_decode the gap to the
-    second, and queue + prefill + kv_transfer + decode its end-to-end latency.
+    second, and queue + prefill + kv_transfer + decode its end-to-end latency. frontend is a part of queue.
     """
 
     def __init__(self) -> None:
@@ -136,6 +136,9 @@ class FrontendMetrics:
         self.tpot = self._histogram("time_per_output_token", "Mean gap per token after the first.", token)
         self.e2e = self._histogram("e2e_request_latency", "Arrival to end.", latency)
         self.queue = self._histogram("request_queue", "Arrival to the start of prefill.", latency)
+        self.frontend = self._histogram(
+            "request_frontend", "Part of request_queue: reading, checking and tokenising it.", latency
+        )
         self.prefill = self._histogram("request_prefill", "Start of prefill to first token.", latency)
         self.kv_transfer = self._histogram(
             "request_kv_transfer", "First token to decode having its KV.", latency
@@ -152,6 +155,11 @@ class FrontendMetrics:
         self.requests = self._counter("requests", "Requests by how they ended.", ("outcome",))
         self.in_flight = Gauge(
             "disagg_num_requests_in_flight", "Requests that run or wait anywhere.", registry=self.registry
+        )
+        self.placing = Gauge(
+            "disagg_num_requests_placing",
+            "Requests that wait at the router for their turn, or for its answer.",
+            registry=self.registry,
         )
         self.resumes = self._counter("request_resumes", "Requests continued after a fault.", ("cause",))
         self.slo = self._counter("slo_attained", "Requests by whether they met an objective.", ("slo", "met"))

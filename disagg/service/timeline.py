@@ -49,15 +49,18 @@ class Attempt:
 
 @dataclass(frozen=True, slots=True)
 class Parts:
-    """A request's time in seconds. queue + prefill is the time to the first token; kv_transfer and
-    first_decode the gap to the second; queue + prefill + kv_transfer + decode all of it. first_decode is
-    None where there was no second token.
+    """A request's time in seconds.
+
+    queue + prefill is the time to the first token; kv_transfer + first_decode the gap to the second; queue +
+    prefill + kv_transfer + decode all of it. frontend is the part of queue that the front end took to read
+    and tokenise the request, before it asked for a place. first_decode: None without a second token.
     """
 
     queue: float
     prefill: float
     kv_transfer: float
     decode: float
+    frontend: float
     first_decode: float | None
 
     @property
@@ -106,13 +109,14 @@ class Timeline:
             return None
         ttft, e2e = self.first_token - self.arrived, self.finished - self.arrived
         producer = next(each for each in self.attempts if each.first_output is not None)
-        prefill = min(producer.prefill_s, ttft)
+        frontend = self.attempts[0].asked - self.arrived
+        prefill = min(producer.prefill_s, ttft - frontend)
         transfer = min(sum(map(_transfer_s, self.attempts)), e2e - ttft)
         first_decode = None
         if self.second_token is not None:
             early = [each for each in self.attempts if each.placed <= self.second_token]
             first_decode = max(0.0, self.second_token - self.first_token - sum(map(_transfer_s, early)))
-        return Parts(ttft - prefill, prefill, transfer, e2e - ttft - transfer, first_decode)
+        return Parts(ttft - prefill, prefill, transfer, e2e - ttft - transfer, frontend, first_decode)
 
 
 def describe(timeline: Timeline) -> dict[str, Any]:

@@ -73,7 +73,7 @@ async def test_it_shows_the_cluster_and_answers_a_prompt(scheme: str, width: int
         assert await page.locator("#answer").text_content()
         story = await page.locator("#trace p").text_content()
         assert "Prefilled on prefill-0, decoded on decode-0" in story and "over shm" in story
-        assert await page.locator("#trace > svg rect").count() == 4
+        assert await page.locator("#trace > svg rect").count() == 5
         overflow = "document.documentElement.scrollWidth - document.documentElement.clientWidth"
         assert await page.evaluate(overflow) == 0
         ground = await page.evaluate("getComputedStyle(document.body).backgroundColor")

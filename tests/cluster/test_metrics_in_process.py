@@ -75,6 +75,7 @@ async def test_parts_add_up_to_what_the_client_saw() -> None:
 
     ttft, second, whole = (sum(times) for times in zip(*seen, strict=True))
     to_first = counted("request_queue") + counted("request_prefill")
+    assert 0 < counted("request_frontend") < counted("request_queue")
     to_second = to_first + counted("request_kv_transfer") + counted("request_first_decode")
     to_end = to_first + counted("request_kv_transfer") + counted("request_decode")
     assert to_first == pytest.approx(counted("time_to_first_token"), rel=1e-6)

@@ -5,6 +5,7 @@ const PERIOD_MS = 2000;
 const KEY = "disagg-api-key";
 const SVG = "http://www.w3.org/2000/svg";
 const PARTS = [
+  ["frontend", "frontend", "Front end"],
   ["queue", "queue", "Queue"],
   ["prefill", "prefill", "Prefill"],
   ["kv_transfer", "transfer", "KV transfer"],
@@ -251,7 +252,7 @@ function drawCharts(data) {
   const roles = ROLES.filter((role) => data.pools[role] || data.wanted[role]);
   const byRole = (key) => roles.map((role) => ({ name: role[0].toUpperCase() + role.slice(1), style: role, values: pick((row) => row.pools[role]?.[key]) }));
   charts.kv.draw(times, byRole("kv_max"));
-  charts.waiting.draw(times, byRole("waiting"));
+  charts.waiting.draw(times, [{ name: "Router", style: "queue", values: pick((row) => row.placing) }, ...byRole("waiting")]);
 }
 
 /* Rates and latencies of the last minute, weighted by what each row saw. */
@@ -262,12 +263,14 @@ function drawTiles(data) {
   const failed = rate((row) => sum(FAILED.map((name) => row.outcomes[name] ?? 0)));
   const missed = (name, i) => data.objectives[name] !== null && newest(name, i) > data.objectives[name];
   const held = sum(Object.values(data.pools).map((pool) => pool.held));
+  const placing = rows.at(-1)?.placing ?? 0;
+  const waiting = sum(Object.values(data.pools).map((pool) => pool.waiting)) + placing;
   const tiles = [
     ["Requests", plain(rate((row) => sum(Object.values(row.outcomes)))), "a second, last minute", false],
     ["Time to first token", seconds(newest("ttft", 0)), `P99 ${shown(seconds(newest("ttft", 2)))}`, missed("ttft", 0), missed("ttft", 2)],
     ["Time per token", seconds(newest("tpot", 0)), `P99 ${shown(seconds(newest("tpot", 2)))}`, missed("tpot", 0), missed("tpot", 2)],
     ["Output", plain(rate((row) => row.generation_tokens)), "tokens a second", false],
-    ["Running", plain(sum(Object.values(data.pools).map((pool) => pool.running))), `${sum(Object.values(data.pools).map((pool) => pool.waiting))} waiting, ${held} held`, false],
+    ["Running", plain(sum(Object.values(data.pools).map((pool) => pool.running))), `${waiting} waiting, ${held} held`, false],
     ["Shed or failed", plain(failed), "a second, last minute", failed > 0],
   ];
   $("tiles").replaceChildren(
@@ -452,8 +455,8 @@ async function* events(body) {
 /* One request's own waterfall, and who did what. */
 function explain(choice) {
   if (!choice.parts) return;
-  const { queue, prefill, kv_transfer, decode } = choice.parts;
-  const parts = [["Queue", "queue", queue], ["Prefill", "prefill", prefill], ["KV transfer", "transfer", kv_transfer], ["Decode", "decode", decode]];
+  const { frontend, queue, prefill, kv_transfer, decode } = choice.parts;
+  const parts = [["Front end", "frontend", frontend], ["Queue", "queue", queue - frontend], ["Prefill", "prefill", prefill], ["KV transfer", "transfer", kv_transfer], ["Decode", "decode", decode]];
   const total = sum(parts.map(([, , value]) => value));
   const svg = shape("svg", { viewBox: "0 0 1000 26", preserveAspectRatio: "none", role: "img", "aria-label": "Where this request's time went" });
   let x = 0;

@@ -17,6 +17,8 @@ def test_a_row_holds_what_was_added_since_the_last() -> None:
     metrics.generation_tokens.inc(300)
     metrics.queue.observe(0.2)
     metrics.queue.observe(0.4)
+    metrics.frontend.observe(0.04)
+    metrics.frontend.observe(0.06)
     history.sample(2)
     history.sample(3)
     first, second, third = map(summarize, history.rows())
@@ -24,7 +26,7 @@ def test_a_row_holds_what_was_added_since_the_last() -> None:
     assert second["t"] == 2 * PERIOD_S
     assert second["outcomes"]["stop"] == 20 / PERIOD_S
     assert second["generation_tokens"] == 300 / PERIOD_S
-    assert second["queue"] == pytest.approx(0.3)
+    assert (second["frontend"], second["queue"]) == (pytest.approx(0.05), pytest.approx(0.25))
     assert third["queue"] is None and third["ttft"] == [None, None, None]
 
 
@@ -77,3 +79,20 @@ def test_what_is_no_history_is_refused(body: bytes) -> None:
 
 def test_no_answer_is_an_empty_history() -> None:
     assert load(b"") == []
+
+
+def test_who_waits_for_a_place_is_told_for_all_front_ends_together() -> None:
+    first, second = FrontendMetrics(), FrontendMetrics()
+    histories = [History(first), History(second)]
+    with (
+        first.placing.track_inprogress(),
+        first.placing.track_inprogress(),
+        second.placing.track_inprogress(),
+    ):
+        for history in histories:
+            history.sample(1)
+    for history in histories:
+        history.sample(2)
+    waits, gone = merge([histories[0].rows(), load(histories[1].dump())])
+    assert summarize(waits)["placing"] == 3
+    assert summarize(gone)["placing"] == 0

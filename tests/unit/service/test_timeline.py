@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
+
 import pytest
 
 from disagg.service.timeline import Attempt, Timeline
@@ -34,6 +36,7 @@ def handed_off() -> Timeline:
 def test_parts_add_up_to_both_what_the_client_waited_for_and_all_of_it() -> None:
     parts = handed_off().parts()
     assert parts is not None
+    assert parts.frontend == pytest.approx(0.05)
     assert (parts.queue, parts.prefill) == (pytest.approx(0.3), pytest.approx(0.5))
     assert (parts.kv_transfer, parts.decode) == (pytest.approx(0.2), pytest.approx(1.0))
     assert parts.first_decode == pytest.approx(0.1)
@@ -78,5 +81,6 @@ def test_a_worker_that_counts_more_than_passed_here_can_not_make_a_part_negative
     timeline.attempts[0].kv_ready = 99.0
     parts = timeline.parts()
     assert parts is not None
-    assert min(parts.queue, parts.prefill, parts.kv_transfer, parts.decode, parts.first_decode or 0) >= 0
+    assert min(asdict(parts).values()) >= 0
+    assert parts.ttft == pytest.approx(0.8)
     assert parts.e2e == pytest.approx(2.0)
