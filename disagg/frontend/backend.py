@@ -11,6 +11,7 @@ from typing import Any, Protocol
 from disagg.config import FrontendConfig
 from disagg.errors import ConfigError, InvalidRequestError
 from disagg.frontend.running import RunningRequests
+from disagg.frontend.shedding import Shedding
 from disagg.service.generation import Generator
 from disagg.service.tokenizer import Tokenizer
 from disagg.types import SamplingParams
@@ -52,8 +53,9 @@ class Backend(Protocol):
 
     max_model_len: prompt and output tokens together. vocab_size: ids that a prompt may hold are below it.
     ready: cheap to ask, since probes do so every second. metrics: Prometheus text exposition of the whole
-    cluster. running: requests that clients may abort by id. abort: at whichever front end runs it; False if
-    none does. status: what `disagg status --json` prints. dashboard: what the page /dashboard draws.
+    cluster. running: requests that clients may abort by id. shedding: stops a flood at the door. abort: at
+    whichever front end runs it; False if none does. status: what `disagg status --json` prints. dashboard:
+    what the page /dashboard draws.
     """
 
     @property
@@ -77,6 +79,8 @@ class Backend(Protocol):
 
     @property
     def running(self) -> RunningRequests: ...
+    @property
+    def shedding(self) -> Shedding: ...
 
     async def ready(self) -> Readiness: ...
     async def abort(self, request_id: str) -> bool: ...

@@ -22,6 +22,7 @@ from disagg.errors import WorkerLostError
 from disagg.frontend.backend import Readiness, load_sampling_defaults
 from disagg.frontend.grpc_service import create_grpc_server
 from disagg.frontend.running import RunningRequests
+from disagg.frontend.shedding import Shedding
 from disagg.model.config import read_spec
 from disagg.routing.view import ClusterView
 from disagg.service.exposition import merge_expositions
@@ -90,6 +91,7 @@ class Gateway:
         self._readiness: tuple[float, Readiness] | None = None
         self._grpc: grpc.aio.Server | None = None
         self.running = RunningRequests()
+        self.shedding = Shedding(self._metrics.count_braked)
 
     async def start(self) -> None:
         """Attach to the router, learn the model from its workers, open the gRPC port.

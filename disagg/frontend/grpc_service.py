@@ -21,6 +21,7 @@ from disagg.frontend.backend import Backend, SamplingDefaults
 from disagg.frontend.prompts import Prompt
 from disagg.frontend.schemas import DEFAULT_COMPLETION_TOKENS, MAX_MESSAGES
 from disagg.frontend.text_generation import GenerationGroup, TextGeneration, Usage
+from disagg.routing.brake import Demand
 from disagg.rpc import MAX_MESSAGE_BYTES
 from disagg.service.generation import GenerationRequest, unroll
 from disagg.service.text import TextDelta
@@ -122,7 +123,10 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
         self, request: inference_pb2.GenerateRequest, request_id: str, context: Context
     ) -> None:
         prompts.check_request_id(request_id, "request_id")
-        generation = TextGeneration(self._backend, await self._prepare(request, request_id, context))
+        demand = _demand(request)
+        self._backend.shedding.check(demand)
+        prepared = await self._prepare(request, request_id, context)
+        generation = TextGeneration(self._backend, prepared, demand=demand)
         group = GenerationGroup([generation])
         with self._backend.running.entered(request_id, group.abort):
             async with aclosing(group.stream()) as deltas:
@@ -232,6 +236,27 @@ def parse_params(
         stop=tuple(given.stop),
         stop_token_ids=tuple(given.stop_token_ids),
         ignore_eos=given.ignore_eos,
+    )
+
+
+def _demand(request: inference_pb2.GenerateRequest) -> Demand:
+    """Return what the request asks for, before anything of it was looked at. Raises InvalidRequestError."""
+    kind = request.WhichOneof("prompt")
+    if kind == "token_ids":
+        size = len(request.token_ids.ids)
+    elif kind == "text":
+        size = len(request.text)
+    else:
+        size = sum(len(message.content) for message in request.chat.messages)
+    ttft_s = _objective(request.slo_ttft_ms, "slo_ttft_ms")
+    tpot_s = _objective(request.slo_tpot_ms, "slo_tpot_ms")
+    return Demand(
+        size,
+        kind == "token_ids",
+        request.priority,
+        math.inf if ttft_s is None else ttft_s,
+        math.inf if tpot_s is None else tpot_s,
+        request.cache_salt,
     )
 
 

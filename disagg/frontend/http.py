@@ -8,12 +8,10 @@ built anew in every process that serves.
 from __future__ import annotations
 
 import asyncio
-import math
 import random
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass
 from typing import TypeVar
 
 from prometheus_client import CONTENT_TYPE_LATEST
@@ -39,6 +37,7 @@ from disagg.frontend.asgi import (
 from disagg.frontend.auth import RequireApiKey
 from disagg.frontend.backend import Backend
 from disagg.frontend.dashboard import dashboard_page, sign_in
+from disagg.frontend.objectives import given, objectives, request_timeout
 from disagg.frontend.openai_format import (
     ChatFormat,
     Choice,
@@ -59,13 +58,13 @@ from disagg.frontend.schemas import (
     parse_body,
 )
 from disagg.frontend.text_generation import TextGeneration, stream_all, total_usage
+from disagg.routing.brake import Demand
 from disagg.service.generation import GenerationRequest, unroll
 from disagg.service.timeline import Timeline, describe
 from disagg.types import SamplingParams
 
 # The orchestrator keeps deadlines; this much later the front end answers by itself.
 _DEADLINE_GRACE_S = 2.0
-_MAX_HEADER_MS = 1e9
 # Key of the ASGI scope, which unlike its "state" belongs to one request whatever the server.
 _REQUEST_ID = "disagg.request_id"
 _ARRIVED = "disagg.arrived"
@@ -149,6 +148,8 @@ class _Api:
 
     async def chat_completions(self, request: Request) -> Response:
         body = await self._parse(request, ChatCompletionRequest)
+        size = sum(len(message.content) for message in body.messages)
+        demand = self._admit(request, body, size, in_tokens=False)
         prompt = await prompts.encode_chat(
             self._backend,
             body.chat,
@@ -162,11 +163,13 @@ class _Api:
         max_tokens = prompts.resolve_max_tokens(
             self._backend, requested, None, len(prompt.token_ids), "max_tokens" if requested is None else name
         )
-        generations = self._generations(request, body, [prompt], [max_tokens])
+        generations = self._generations(request, body, [prompt], [max_tokens], demand)
         return self._respond(request, body, [prompt], generations)
 
     async def completions(self, request: Request) -> Response:
         body = await self._parse(request, CompletionRequest)
+        first = body.prompt[0]
+        demand = self._admit(request, body, len(first), in_tokens=not isinstance(first, str))
         encoded = [await self._encode_prompt(prompt, body) for prompt in body.prompt]
         limits = []
         for prompt in encoded:
@@ -180,7 +183,7 @@ class _Api:
                     "max_tokens",
                 )
             )
-        generations = self._generations(request, body, encoded, limits)
+        generations = self._generations(request, body, encoded, limits, demand)
         return self._respond(request, body, encoded, generations)
 
     async def models(self, _request: Request) -> Response:
@@ -270,11 +273,27 @@ class _Api:
             )
         return Prompt(prompt)
 
+    def _admit(self, request: Request, body: SamplingBody, size: int, *, in_tokens: bool) -> Demand:
+        """Return what a request asks for, judged by its first prompt.
+
+        Raises OverloadedError where that is known to be too much, before there is any work in it.
+        """
+        ttft_s, tpot_s = objectives(request)
+        salt, priority = body.cache_salt or "", body.priority or 0
+        demand = Demand(size, in_tokens, priority, ttft_s, tpot_s, salt, body.tier)
+        self._backend.shedding.check(demand)
+        return demand
+
     def _generations(
-        self, request: Request, body: SamplingBody, encoded: Sequence[Prompt], limits: Sequence[int]
+        self,
+        request: Request,
+        body: SamplingBody,
+        encoded: Sequence[Prompt],
+        limits: Sequence[int],
+        demand: Demand,
     ) -> list[TextGeneration]:
         """Return prompts times n generations, the choices of one prompt next to each other."""
-        objectives = _Objectives.of(request, self._backend.config.request_timeout_s)
+        timeout_s = request_timeout(request, self._backend.config.request_timeout_s)
         params: list[tuple[Prompt, SamplingParams]] = []
         for prompt, limit in zip(encoded, limits, strict=True):
             sampling = body.sampling_params(self._backend.sampling_defaults, limit)
@@ -288,10 +307,10 @@ class _Api:
                 prompt_token_ids=prompt.token_ids,
                 params=choice,
                 priority=body.priority or 0,
-                timeout_s=objectives.timeout_s,
+                timeout_s=timeout_s,
                 cache_salt=body.cache_salt or "",
-                slo_ttft_s=objectives.ttft_s,
-                slo_tpot_s=objectives.tpot_s,
+                slo_ttft_s=given(demand.ttft_s),
+                slo_tpot_s=given(demand.tpot_s),
                 service_tier=body.tier,
                 timeline=Timeline(
                     request.scope[_ARRIVED],
@@ -303,7 +322,11 @@ class _Api:
             for internal_id, (prompt, choice) in zip(ids, params, strict=True)
         ]
         skip = body.skip_special_tokens is not False
-        return [TextGeneration(self._backend, each, skip_special_tokens=skip) for each in requests]
+        # What is refused to many at once may be had by one.
+        held = demand if len(requests) == 1 else None
+        return [
+            TextGeneration(self._backend, each, skip_special_tokens=skip, demand=held) for each in requests
+        ]
 
     def _respond(
         self,
@@ -460,37 +483,6 @@ class _GenerationResponse(Response):
             await send({"type": "http.response.body", "body": event, "more_body": False})
         else:
             await error_response(error, scope[_REQUEST_ID])(scope, receive, send)
-
-
-@dataclass(frozen=True, slots=True)
-class _Objectives:
-    """What a client asks of this request's timing, in seconds."""
-
-    timeout_s: float
-    ttft_s: float | None
-    tpot_s: float | None
-
-    @classmethod
-    def of(cls, request: Request, max_timeout_s: float) -> _Objectives:
-        timeout_s = _seconds(request, "x-request-timeout-ms")
-        return cls(
-            max_timeout_s if timeout_s is None else min(timeout_s, max_timeout_s),
-            _seconds(request, "x-slo-ttft-ms"),
-            _seconds(request, "x-slo-tpot-ms"),
-        )
-
-
-def _seconds(request: Request, header: str) -> float | None:
-    value = request.headers.get(header)
-    if value is None:
-        return None
-    try:
-        milliseconds = float(value)
-    except ValueError:
-        milliseconds = math.nan
-    if not 0 < milliseconds <= _MAX_HEADER_MS:
-        raise InvalidRequestError(f"{header} must be a number of milliseconds above 0", param=header)
-    return milliseconds / 1000
 
 
 def _default_true(value: bool | None, unless: bool | None) -> bool:

@@ -7,8 +7,9 @@ from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 
-from disagg.errors import DisaggError
+from disagg.errors import DisaggError, OverloadedError
 from disagg.frontend.backend import Backend
+from disagg.routing.brake import Demand
 from disagg.service.generation import GenerationRequest
 from disagg.service.text import TextAssembler, TextDelta
 from disagg.types import FinishReason
@@ -24,12 +25,22 @@ class Usage:
 
 
 class TextGeneration:
-    """One sequence being generated. Closing `stream` cancels it everywhere."""
+    """One sequence being generated. Closing `stream` cancels it everywhere.
+
+    demand: what others are held to if this one is refused; None for nobody.
+    """
 
     def __init__(
-        self, backend: Backend, request: GenerationRequest, *, skip_special_tokens: bool = True
+        self,
+        backend: Backend,
+        request: GenerationRequest,
+        *,
+        skip_special_tokens: bool = True,
+        demand: Demand | None = None,
     ) -> None:
         self.request = request
+        self._demand = demand
+        self._shedding = backend.shedding
         self._generator = backend.generator
         self._assembler = TextAssembler(
             backend.tokenizer, request.params, skip_special_tokens=skip_special_tokens
@@ -48,15 +59,20 @@ class TextGeneration:
 
         Raises what Generator.generate raises, and DisaggError if it ends without a finish_reason.
         """
-        async with aclosing(self._generator.generate(self.request)) as outputs:
-            async for output in outputs:
-                if output.error is not None or output.finish_reason is FinishReason.ERROR:
-                    raise DisaggError(output.error or "the generation failed")
-                delta = self._assembler.push(output)
-                self.request.timeline.complete = self._assembler.finished
-                yield delta
-                if self._assembler.finished:
-                    return
+        try:
+            async with aclosing(self._generator.generate(self.request)) as outputs:
+                async for output in outputs:
+                    if output.error is not None or output.finish_reason is FinishReason.ERROR:
+                        raise DisaggError(output.error or "the generation failed")
+                    delta = self._assembler.push(output)
+                    self.request.timeline.complete = self._assembler.finished
+                    yield delta
+                    if self._assembler.finished:
+                        return
+        except OverloadedError as error:
+            if self._demand is not None:
+                self._shedding.refused(self._demand, error)
+            raise
         raise DisaggError("the generation ended without a result")
 
 

@@ -1,8 +1,8 @@
-"""Brake: a front end's memory of fresh refusals, so that it need not ask the router for each of a flood.
+"""Brake: a front end's memory of fresh refusals, so that a flood is stopped before there is any work in it.
 
 Where a request was refused, one like it of the same tenant and tier that asks for no less would be refused
-too, for as long as the router said. Refusing costs the most where everything else needs the machine. Pure: no
-clock, no I/O.
+too, for as long as the router said. Refusing costs the most where everything else needs the machine: so this
+needs no token of the prompt, and no word with the router. Pure: no clock, no I/O.
 """
 
 from __future__ import annotations
@@ -11,28 +11,35 @@ import math
 from collections import deque
 from dataclasses import dataclass
 
-from disagg.routing.types import PlacementRequest
+from disagg.errors import OverloadedError
 
 # Refusals remembered: those of an earlier moment have run out.
 _MAX_REFUSALS = 32
-# Objectives are what is left of them when the router is asked, so equal ones differ a little. With a much
-# tighter one a request would overtake what kept the other waiting.
-_SAME, _TIGHTER = 1.05, 0.5
+# With a much tighter objective a request would overtake what kept the other waiting.
+_TIGHTER = 0.5
 # Much longer prompts reach their decode worker much later, when it may be less busy.
 _LONGER = 2
 
 
 @dataclass(frozen=True, slots=True)
+class Demand:
+    """What a request asks for. size: of its prompt, in tokens or in characters: those are not compared."""
+
+    size: int
+    in_tokens: bool
+    priority: int = 0
+    ttft_s: float = math.inf
+    tpot_s: float = math.inf
+    tenant: str = ""
+    tier: str = "default"
+
+
+@dataclass(frozen=True, slots=True)
 class _Refused:
+    demand: Demand
     until: float
-    num_tokens: int
-    priority: int
-    ttft_s: float
-    tpot_s: float
-    tenant: str
-    tier: str
-    message: str
     retry_at: float
+    message: str
 
 
 class Brake:
@@ -41,46 +48,28 @@ class Brake:
     def __init__(self) -> None:
         self._refused: deque[_Refused] = deque(maxlen=_MAX_REFUSALS)
 
-    def refused(
-        self, request: PlacementRequest, message: str, retry_after: float, hold_s: float, now: float
-    ) -> None:
-        """Note a refusal that holds for hold_s seconds."""
-        if hold_s <= 0:
-            return
-        self._refused.appendleft(
-            _Refused(
-                now + hold_s,
-                request.num_tokens,
-                request.priority,
-                _or_never(request.slo_ttft_s),
-                _or_never(request.slo_tpot_s),
-                request.tenant,
-                request.service_tier,
-                message,
-                now + retry_after,
-            )
-        )
+    def refused(self, demand: Demand, error: OverloadedError, now: float) -> None:
+        """Note a refusal, which holds for error.hold_s seconds."""
+        if error.hold_s > 0:
+            refused = _Refused(demand, now + error.hold_s, now + error.retry_after, error.message)
+            self._refused.appendleft(refused)
 
-    def check(self, request: PlacementRequest, now: float) -> tuple[str, float] | None:
-        """Return why a request would be refused now, and after how many seconds to come back; else None."""
-        if request.resumed:
-            return None
+    def check(self, demand: Demand, now: float) -> None:
+        """Raise OverloadedError where another that asked for no more was refused a moment ago."""
+        while self._refused and self._refused[-1].until <= now:
+            self._refused.pop()
         for item in self._refused:
-            if item.until > now and self._covers(item, request):
-                return item.message, item.retry_at - now
-        return None
-
-    @staticmethod
-    def _covers(item: _Refused, request: PlacementRequest) -> bool:
-        return (
-            item.num_tokens <= request.num_tokens <= item.num_tokens * _LONGER
-            and request.priority >= item.priority
-            and item.ttft_s * _TIGHTER <= _or_never(request.slo_ttft_s) <= item.ttft_s * _SAME
-            and _or_never(request.slo_tpot_s) <= item.tpot_s
-            and request.tenant == item.tenant
-            and request.service_tier == item.tier
-        )
+            if item.until > now and _covers(item.demand, demand):
+                raise OverloadedError(item.message, retry_after=item.retry_at - now)
 
 
-def _or_never(seconds: float | None) -> float:
-    return math.inf if seconds is None else seconds
+def _covers(refused: Demand, asked: Demand) -> bool:
+    return (
+        refused.size <= asked.size <= refused.size * _LONGER
+        and asked.in_tokens is refused.in_tokens
+        and asked.priority >= refused.priority
+        and refused.ttft_s * _TIGHTER <= asked.ttft_s <= refused.ttft_s
+        and asked.tpot_s <= refused.tpot_s
+        and asked.tenant == refused.tenant
+        and asked.tier == refused.tier
+    )

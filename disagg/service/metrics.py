@@ -153,6 +153,9 @@ class FrontendMetrics:
         self.prompt_tokens = self._counter("prompt_tokens", "Prompt tokens of finished prefills.")
         self.generation_tokens = self._counter("generation_tokens", "Tokens sent to clients.")
         self.requests = self._counter("requests", "Requests by how they ended.", ("outcome",))
+        self.braked = self._counter(
+            "requests_braked", "Shed without asking the router, which had just refused others like them."
+        )
         self.in_flight = Gauge(
             "disagg_num_requests_in_flight", "Requests that run or wait anywhere.", registry=self.registry
         )
@@ -198,6 +201,11 @@ class FrontendMetrics:
         self._gauge("router_connected", "1 while the stream to the router stands.").set_function(
             lambda: float(router_connected())
         )
+
+    def count_braked(self) -> None:
+        """Count a request that was shed before it was one."""
+        self.requests.labels("shed").inc()
+        self.braked.inc()
 
     def _histogram(self, name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
         return Histogram(f"disagg_{name}_seconds", text, buckets=buckets, registry=self.registry)

@@ -16,7 +16,7 @@ import secrets
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import ExitStack, aclosing
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from hashlib import sha256
 from typing import TypeVar
 
@@ -160,6 +160,8 @@ class Orchestrator:
 
     async def _place(self, story: _Story) -> Placement:
         request = story.request
+        root = chain_root(self._model.fingerprint, salt=request.cache_salt)
+        hashes = block_hashes(story.tokens, self._model.block_size, root)
         room = self._model.max_model_len - len(request.prompt_token_ids)
         limit = room if request.params.max_tokens is None else min(room, request.params.max_tokens)
         asked = self._clock()
@@ -172,6 +174,7 @@ class Orchestrator:
             frontend_id=self._frontend_id,
             num_tokens=len(story.tokens),
             max_new_tokens=max(1, limit - story.num_output_tokens),
+            block_hashes=tuple(short_hash(item) for item in hashes),
             priority=self._priority(request),
             slo_ttft_s=slo_ttft_s,
             slo_tpot_s=slo_tpot_s,
@@ -181,13 +184,6 @@ class Orchestrator:
             timeout_s=max(0.001, story.deadline - asked),
             resumed=bool(story.lost),
         )
-        # Before there is any more work in it.
-        self._router.check(wanted)
-        root = chain_root(self._model.fingerprint, salt=request.cache_salt)
-        hashes = block_hashes(story.tokens, self._model.block_size, root)
-        wanted = replace(wanted, block_hashes=tuple(short_hash(item) for item in hashes))
-        # Hashing a long prompt is the front end's work, not the queue's.
-        asked = self._clock()
         with self._metrics.placing.track_inprogress():
             placement = await self._before_deadline(story, self._router.place(wanted))
         story.timeline.attempts.append(

@@ -21,7 +21,6 @@ import grpc.aio
 
 from disagg.config import RouterConfig
 from disagg.errors import InvalidRequestError, NoCapacityError, OverloadedError, WorkerLostError
-from disagg.routing.brake import Brake
 from disagg.routing.router import Router
 from disagg.routing.types import Placement, PlacementKind, PlacementRequest, WorkerReport
 from disagg.routing.view import ClusterView
@@ -87,7 +86,6 @@ class RouterClient:
         self._settles_at: float | None = None
         self._events: list[router_pb2.RequestEvent] = []
         self._answers: list[router_pb2.ReportAnswer] = []
-        self._brake = Brake()
         # Requests that the router knows of.
         self._told: set[str] = set()
         self._events_ready = asyncio.Event()
@@ -130,24 +128,17 @@ class RouterClient:
 
         Raises NoCapacityError, InvalidRequestError, OverloadedError or DeadlineExceededError.
         """
-        self.check(request)
         self._told.add(request.request_id)
         try:
             placement = await self._ask(request)
         except _RouterAway:
             return self._place_alone(request)
-        except OverloadedError as error:
+        except OverloadedError:
+            # The router has nothing to forget of it.
             self._told.discard(request.request_id)
-            self._brake.refused(request, error.message, error.retry_after, error.hold_s, self._clock())
             raise
         await self._wait_until_known(placement)
         return placement
-
-    def check(self, request: PlacementRequest) -> None:
-        """Raise OverloadedError where the router has just refused another that asked for no more."""
-        refusal = self._brake.check(request, self._clock()) if self._stub is not None else None
-        if refusal is not None:
-            raise OverloadedError(refusal[0], retry_after=refusal[1])
 
     async def _ask(self, request: PlacementRequest) -> Placement:
         if self._stub is None or self._settles_at is not None:
@@ -203,7 +194,7 @@ class RouterClient:
         """The request has ended, however. num_tokens: of an answer that ended by itself."""
         self._local.finished(request_id)
         if request_id not in self._told:
-            return  # refused before the router had anything to forget
+            return
         self._told.discard(request_id)
         self._send(request_id, router_pb2.RequestEvent.KIND_FINISHED, num_tokens)
 

@@ -20,6 +20,7 @@ from disagg.frontend.backend import Readiness, SamplingDefaults
 from disagg.frontend.grpc_service import build_grpc_server
 from disagg.frontend.http import create_app
 from disagg.frontend.running import RunningRequests
+from disagg.frontend.shedding import Shedding
 from disagg.service.generation import GenerationRequest
 from disagg.service.tokenizer import Tokenizer
 from disagg.tinymodel.tokenizer import build_tokenizer, save_tokenizer
@@ -133,8 +134,13 @@ class FakeBackend:
     def __post_init__(self) -> None:
         self.generator = FakeGenerator(self.tokenizer)
         self.running = RunningRequests()
+        self.shed = 0
+        self.shedding = Shedding(self._count_shed)
         self.vocab_size = self.tokenizer.vocab_size
         self.eos_token_ids = (self.tokenizer.eos_token_id or 0,)
+
+    def _count_shed(self) -> None:
+        self.shed += 1
 
     async def ready(self) -> Readiness:
         return self.readiness
