@@ -36,29 +36,31 @@ class _FreeList:
         self.size = 0
 
     def append(self, block_id: int) -> None:
-        last = self._prev[self._end]
-        self._link(last, block_id)
-        self._link(block_id, self._end)
-        self.size += 1
+        self._insert(self._prev[self._end], block_id, self._end)
 
     def prepend(self, block_id: int) -> None:
-        first = self._next[self._end]
-        self._link(self._end, block_id)
-        self._link(block_id, first)
+        self._insert(self._end, block_id, self._next[self._end])
+
+    def _insert(self, left: int, block_id: int, right: int) -> None:
+        self._next[left] = self._prev[right] = block_id
+        self._prev[block_id], self._next[block_id] = left, right
         self.size += 1
 
     def remove(self, block_id: int) -> None:
-        self._link(self._prev[block_id], self._next[block_id])
+        left, right = self._prev[block_id], self._next[block_id]
+        self._next[left], self._prev[right] = right, left
         self.size -= 1
 
-    def popleft(self) -> int:
-        first = self._next[self._end]
-        self.remove(first)
-        return first
-
-    def _link(self, left: int, right: int) -> None:
-        self._next[left] = right
-        self._prev[right] = left
+    def take(self, num: int) -> list[int]:
+        """Take out the first `num` entries, which the list must have."""
+        following, taken = self._next, []
+        block_id = following[self._end]
+        for _ in range(num):
+            taken.append(block_id)
+            block_id = following[block_id]
+        following[self._end], self._prev[block_id] = block_id, self._end
+        self.size -= num
+        return taken
 
     def __iter__(self) -> Iterator[int]:
         block_id = self._next[self._end]
@@ -194,10 +196,13 @@ class BlockPool:
         """Return `num` blocks with one reference each, evicting the least recently used; None if too few."""
         if num > self._free.size:
             return None
-        blocks = [self._free.popleft() for _ in range(num)]
+        blocks = self._free.take(num)
+        refs, hash_of = self._refs, self._hash_of
         for block_id in blocks:
-            self._forget(block_id)
-            self._refs[block_id] = 1
+            refs[block_id] = 1
+            block_hash = hash_of[block_id]
+            if block_hash is not None:
+                self._forget(block_id, block_hash)
         return blocks
 
     def free(self, block_ids: Sequence[int]) -> None:
@@ -205,23 +210,23 @@ class BlockPool:
 
         In reverse, so that of one sequence the tail is evicted before the prefix that others may share.
         """
+        refs, hash_of = self._refs, self._hash_of
         for block_id in reversed(block_ids):
-            if self._refs[block_id] <= 0:
+            left = refs[block_id] - 1
+            if left < 0:
                 raise ValueError(f"block {block_id} is freed and has no owner")
-            self._refs[block_id] -= 1
-            if self._refs[block_id] == 0:
+            refs[block_id] = left
+            if left == 0:
                 # A block without content is better used at once than a cached one evicted for it.
-                if self._hash_of[block_id] is None:
+                if hash_of[block_id] is None:
                     self._free.prepend(block_id)
                 else:
                     self._free.append(block_id)
 
-    def _forget(self, block_id: int) -> None:
-        block_hash = self._hash_of[block_id]
-        if block_hash is not None:
-            self._hash_of[block_id] = None
-            del self._block_of[block_hash]
-            self._note(block_hash, stored=False)
+    def _forget(self, block_id: int, block_hash: BlockHash) -> None:
+        self._hash_of[block_id] = None
+        del self._block_of[block_hash]
+        self._note(block_hash, stored=False)
 
     def check_integrity(self, owners: Mapping[int, int]) -> None:
         """Compare with what `owners` {block id: references} says, in O(blocks).

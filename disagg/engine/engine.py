@@ -383,6 +383,9 @@ class Engine:
         for status, size in sizes.items():
             if counts[status] != size:
                 raise AssertionError(f"{counts[status]} sequences are {status.name}, queues have {size}")
+        growing = [seq for seq in (*scheduler.running, *scheduler.receiving.values()) if not seq.hold]
+        if len(growing) != scheduler.num_growing:
+            raise AssertionError(f"{len(growing)} sequences may grow, {scheduler.num_growing} are counted")
         if scheduler.running != sorted(scheduler.running, key=rank):
             raise AssertionError("the running sequences are out of order")
 

@@ -109,6 +109,10 @@ class WaitingQueue:
         """Take out a sequence that is in the queue, wherever it is."""
         del self._live[seq]
         self.num_tokens -= tokens_to_compute(seq)
+        if not self._live:
+            self._by_rank.clear()
+            self._by_size.clear()
+            return
         # Neither heap may keep what only ever leaves through the other.
         if len(self._by_rank) > 2 * len(self._live):
             self._by_rank = [entry for entry in self._by_rank if self._lives(entry)]
@@ -158,6 +162,8 @@ class Scheduler:
         # By rank.
         self.running: list[Sequence] = []
         self.receiving: dict[str, Sequence] = {}
+        # How many of these may need more blocks: who is held after the first token never does.
+        self.num_growing = 0
         self._reservations: dict[str, Reservation] = {}
         self.num_preemptions = 0
         self.prefix_queries = 0
@@ -196,19 +202,26 @@ class Scheduler:
                 prefills.append(seq)
         running = SequenceStatus.RUNNING
         shares = {seq: 1 for seq in decodes if seq.status is running and self._grow(seq)}
-        budget = self._token_budget - len(shares)
-        if shares:
-            # Streams run: their next token waits for the whole step.
-            budget = min(budget, self._prompt_budget)
         # Blocks that a preemption freed belong to who runs, not to who comes.
         admitting = self.num_preemptions == num_preemptions
         # A prompt may have been preempted for a decode a moment ago.
-        prefills = [seq for seq in prefills if seq.status is SequenceStatus.RUNNING]
-        self._share_out(shares, prefills, budget, admitting)
-        for seq in shares:
-            if seq.first_scheduled_at is None:
-                seq.first_scheduled_at = now
-        return Batch(tuple(map(ScheduledSequence, shares.keys(), shares.values())))
+        prefills = [seq for seq in prefills if seq.status is running]
+        self._share_out(shares, prefills, self._left_for_prompts(len(shares)), admitting)
+        return _batch(shares, now)
+
+    def schedule_beside(self, num_decodes: int, now: float) -> Batch:
+        """Return what `schedule` would put beside the decodes of all that run.
+
+        For who knows that all that runs decodes, and that there are blocks for it and for all that waits.
+        """
+        shares: dict[Sequence, int] = {}
+        self._share_out(shares, [], self._left_for_prompts(num_decodes), admitting=True)
+        return _batch(shares, now)
+
+    def _left_for_prompts(self, num_decodes: int) -> int:
+        left = self._token_budget - num_decodes
+        # Where streams run, their next token waits for the whole step.
+        return min(left, self._prompt_budget) if num_decodes else left
 
     def _share_out(
         self, shares: dict[Sequence, int], prefills: list[Sequence], budget: int, admitting: bool
@@ -227,9 +240,9 @@ class Scheduler:
         while True:
             newcomer = self._next_admission(seq, budget) if admitting else None
             if newcomer is not None:
-                if self._admit(newcomer) and budget > 0:
-                    shares[newcomer] = min(newcomer.num_uncomputed_tokens, budget)
-                    budget -= shares[newcomer]
+                if self._admit(*newcomer) and budget > 0:
+                    shares[newcomer[0]] = min(newcomer[0].num_uncomputed_tokens, budget)
+                    budget -= shares[newcomer[0]]
             elif seq is not None and budget > 0:
                 more = min(seq.num_uncomputed_tokens - shares.get(seq, 0), budget)
                 if more > 0:
@@ -244,15 +257,21 @@ class Scheduler:
         first = prefills[0] if prefills else None
         while admitting and len(self.waiting) > 0:
             waiting = self.waiting.peek()
-            if (first is not None and rank(first) < rank(waiting)) or self._fit(waiting) is None:
+            if first is not None and rank(first) < rank(waiting):
+                break
+            cached = self._fit(waiting)
+            if cached is None:
                 break
             # One whose KV a peer delivers computes nothing now; then the turn is the next one's.
-            if self._admit(waiting):
+            if self._admit(waiting, cached):
                 return waiting
         return first
 
-    def _next_admission(self, seq: Sequence | None, budget: int) -> Sequence | None:
-        """Return the waiting sequence that comes before the running prompt `seq`, None if there is none."""
+    def _next_admission(self, seq: Sequence | None, budget: int) -> tuple[Sequence, list[int]] | None:
+        """Return the waiting sequence that comes before the running prompt `seq`, and what `_fit` says of it.
+
+        None if there is none.
+        """
         if len(self.waiting) == 0:
             return None
         shortest = self.waiting.peek_shortest()
@@ -261,9 +280,10 @@ class Scheduler:
         if later and shortest.remote_kv == 0:
             return None
         first = self.waiting.peek()
-        if self._fit(first) is None or (first is not shortest and self._fit(shortest) is None):
-            return None
-        return shortest
+        cached = self._fit(first)
+        if cached is not None and first is not shortest:
+            cached = self._fit(shortest)
+        return None if cached is None else (shortest, cached)
 
     def _grow(self, seq: Sequence) -> bool:
         """See that `seq` has a block for its last token, preempting others, or itself: then False."""
@@ -281,6 +301,7 @@ class Scheduler:
     def _preempt(self, seq: Sequence) -> None:
         """Take everything from `seq` and let it wait."""
         self.running.remove(seq)
+        self.num_growing -= not seq.hold
         self.free_blocks(seq)
         seq.num_computed_tokens = 0
         seq.runner_state = None
@@ -298,13 +319,14 @@ class Scheduler:
 
     # -- admission ---------------------------------------------------------------------------------
 
-    def _admit(self, seq: Sequence) -> bool:
-        """Take a sequence that fits out of the queue; True if it runs, False if it waits for a peer's KV."""
-        cached = self._fit(seq)
-        if cached is None:
-            raise RuntimeError(f"no room for {seq.request_id}, which was found to fit")
+    def _admit(self, seq: Sequence, cached: list[int]) -> bool:
+        """Take a sequence out of the queue of which `_fit` has just returned `cached`.
+
+        True if it runs, False if it waits for a peer's KV.
+        """
         self.waiting.remove(seq)
         self._allocate(seq, cached)
+        self.num_growing += not seq.hold
         if seq.remote_kv > 0 and not self._reserve(seq):
             return False
         self._run(seq)
@@ -314,7 +336,8 @@ class Scheduler:
         """Return the cached blocks with which a waiting sequence can be admitted now, None if it can't."""
         if len(self.running) + len(self.receiving) >= self._max_num_seqs:
             return None
-        num_free = self._pool.num_free - self._headroom()
+        # What goes on may need a block each.
+        num_free = self._pool.num_free - self.num_growing
         if num_free <= 0:
             return None  # at least its last block is its own
         cached = self._cached_prefix(seq)
@@ -325,13 +348,6 @@ class Scheduler:
         if will_receive and self._too_many_receive(num_blocks):
             return None
         return cached
-
-    def _headroom(self) -> int:
-        """Return how many blocks are left alone for the growth of what goes on."""
-        # A sequence that is held after its first token needs no block beyond those it has.
-        growing = [seq.hold for seq in self.running]
-        growing += [seq.hold for seq in self.receiving.values()]
-        return growing.count(False)
 
     def _too_many_receive(self, num_more: int) -> bool:
         if not self.running and not self.receiving:
@@ -400,10 +416,12 @@ class Scheduler:
         """Take a sequence out of whatever it is in; its blocks stay its own until free_blocks."""
         if seq.status is SequenceStatus.RUNNING:
             self.running.remove(seq)
+            self.num_growing -= not seq.hold
         elif seq.status is SequenceStatus.WAITING:
             self.waiting.remove(seq)
         elif seq.status is SequenceStatus.RECEIVING:
             del self.receiving[seq.request_id]
+            self.num_growing -= not seq.hold
             # Its blocks are about to be somebody else's: nobody may be told to write into them.
             self._reservations.pop(seq.request_id, None)
 
@@ -441,3 +459,11 @@ class Scheduler:
         # Of who runs nothing is to come from a peer.
         running = sum([len(seq.token_ids) - seq.num_computed_tokens for seq in self.running])
         return self.waiting.num_tokens + receiving + running
+
+
+def _batch(shares: dict[Sequence, int], now: float) -> Batch:
+    """Return the batch of so many tokens of each sequence, in this order."""
+    for seq in shares:
+        if seq.first_scheduled_at is None:
+            seq.first_scheduled_at = now
+    return Batch(tuple(map(ScheduledSequence, shares.keys(), shares.values())))

@@ -114,18 +114,23 @@ class DecodeRun:
             and self._growth(1) <= self._pool.num_free
         )
 
-    def settle_if_it_matters(self) -> None:
-        """Bring the engine up to date, unless its Scheduler would decide the same without.
+    @property
+    def only_newcomers_matter(self) -> bool:
+        """Whether of the next step nothing is to be decided but who joins it.
 
         That is so where all that runs takes part and what lags, runs and waits fits into what is free: then
-        nobody is preempted and everybody is admitted whom the number of sequences allows.
+        nobody is preempted and everybody is admitted whom the number of sequences allows. So the Scheduler
+        decides on the engine's state, though that lags, as it would on the true one.
         """
         scheduler = self._scheduler
-        if self.size == len(scheduler.running) and self._may_lag:
-            newcomers = len(scheduler.waiting) * self._longest + len(scheduler.receiving)
-            if self._growth(1) + self.size + newcomers <= self._pool.num_free:
-                return
-        self.settle()
+        if self.size != len(scheduler.running) or not self._may_lag:
+            return False
+        newcomers = len(scheduler.waiting) * self._longest + len(scheduler.receiving)
+        return self._growth(1) + self.size + newcomers <= self._pool.num_free
+
+    def newcomers(self, now: float) -> tuple[ScheduledSequence, ...]:
+        """Let the Scheduler decide who joins these sequences in the next step."""
+        return self._scheduler.schedule_beside(self.size, now).items
 
     def _growth(self, steps: int) -> int:
         """Return how many blocks these sequences take at most in their lag and so many steps more."""

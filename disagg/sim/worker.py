@@ -8,7 +8,7 @@ As in the live worker, commands (add, release, activate) wait for the end of the
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -227,8 +227,7 @@ class SimWorker:
             self._begin_leg(run, [], single=False)
             return True
         elif not run.engine_is_empty:
-            run.settle_if_it_matters()
-            items = self._join(run, self._next_batch())
+            items = self._beside(run)
             if items or run.size:
                 single = bool(items or self.engine._scheduler._reservations)
                 self._begin_leg(run, items, single=single)
@@ -244,17 +243,30 @@ class SimWorker:
             batch = self.engine.schedule(now)
         return batch
 
-    def _join(self, run: DecodeRun, batch: Batch) -> list[ScheduledSequence]:
-        """See that the run has exactly the batch's decodes; return the rest, which are chunks of prompts."""
+    def _beside(self, run: DecodeRun) -> list[ScheduledSequence]:
+        """See that the run has exactly the next step's decodes; return the rest: chunks of prompts."""
+        if run.only_newcomers_matter:
+            items = run.newcomers(self._loop.now)
+            if not self._arrived or not self._take_arrived():
+                return self._join(run, items)
+        else:
+            run.settle()
+        batch = self._next_batch()
+        chunks = self._join(run, run.without(batch.items))
+        if run.size != len(batch.items) - len(chunks):
+            others = {item.seq for item in chunks}
+            run.keep(item.seq for item in batch.items if item.seq not in others)
+        return chunks
+
+    @staticmethod
+    def _join(run: DecodeRun, items: Iterable[ScheduledSequence]) -> list[ScheduledSequence]:
+        """Let those of newcomers join the run that decode; return the others."""
         chunks = []
-        for item in run.without(batch.items):
+        for item in items:
             if _is_decode(item):
                 run.join(item.seq)
             else:
                 chunks.append(item)
-        if run.size != len(batch.items) - len(chunks):
-            others = {item.seq for item in chunks}
-            run.keep(item.seq for item in batch.items if item.seq not in others)
         return chunks
 
     def _begin_leg(self, run: DecodeRun, items: list[ScheduledSequence], *, single: bool) -> None:
