@@ -36,20 +36,25 @@ class _FreeList:
         self.size = 0
 
     def append(self, block_id: int) -> None:
-        self._insert(self._prev[self._end], block_id, self._end)
-
-    def prepend(self, block_id: int) -> None:
-        self._insert(self._end, block_id, self._next[self._end])
-
-    def _insert(self, left: int, block_id: int, right: int) -> None:
-        self._next[left] = self._prev[right] = block_id
-        self._prev[block_id], self._next[block_id] = left, right
+        last = self._prev[self._end]
+        self._next[last] = self._prev[self._end] = block_id
+        self._prev[block_id], self._next[block_id] = last, self._end
         self.size += 1
 
     def remove(self, block_id: int) -> None:
         left, right = self._prev[block_id], self._next[block_id]
         self._next[left], self._prev[right] = right, left
         self.size -= 1
+
+    def give(self, block_ids: Sequence[int]) -> None:
+        """Put blocks before all others, the last of them first."""
+        following, preceding, first = self._next, self._prev, self._next[self._end]
+        for block_id in block_ids:
+            following[block_id] = first
+            preceding[first] = block_id
+            first = block_id
+        following[self._end], preceding[first] = first, self._end
+        self.size += len(block_ids)
 
     def take(self, num: int) -> list[int]:
         """Take out the first `num` entries, which the list must have."""
@@ -183,7 +188,7 @@ class BlockPool:
 
     def num_needed(self, cached: Sequence[int], num_new: int) -> int:
         """Return how many free blocks `acquire(cached)` and `allocate(num_new)` would take together."""
-        return num_new + sum(1 for block_id in cached if self._refs[block_id] == 0)
+        return num_new + [self._refs[block_id] for block_id in cached].count(0)
 
     def acquire(self, block_ids: Iterable[int]) -> None:
         """Take one more reference to each of these blocks, which `lookup` has just found."""
@@ -211,17 +216,20 @@ class BlockPool:
         In reverse, so that of one sequence the tail is evicted before the prefix that others may share.
         """
         refs, hash_of = self._refs, self._hash_of
+        # A block without content is better used at once than a cached one evicted for it.
+        empty: list[int] = []
         for block_id in reversed(block_ids):
             left = refs[block_id] - 1
             if left < 0:
+                self._free.give(empty)
                 raise ValueError(f"block {block_id} is freed and has no owner")
             refs[block_id] = left
             if left == 0:
-                # A block without content is better used at once than a cached one evicted for it.
                 if hash_of[block_id] is None:
-                    self._free.prepend(block_id)
+                    empty.append(block_id)
                 else:
                     self._free.append(block_id)
+        self._free.give(empty)
 
     def _forget(self, block_id: int, block_hash: BlockHash) -> None:
         self._hash_of[block_id] = None

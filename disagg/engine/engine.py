@@ -124,7 +124,7 @@ class Engine:
                 f"remote_kv must be in [0, {num_tokens - 1}], got {remote_kv}", param="remote_kv"
             )
         self._runner.check_request(request)
-        if len(self._scheduler.waiting) >= self._config.max_waiting:
+        if self._scheduler.waiting.size >= self._config.max_waiting:
             raise OverloadedError(
                 f"{self._config.max_waiting} requests are waiting", retry_after=RETRY_AFTER_S
             )
@@ -274,7 +274,7 @@ class Engine:
     def _finish_reason(self, seq: Sequence, token_id: int) -> tuple[FinishReason | None, int | None]:
         if token_id in seq.stop_token_ids and seq.num_output_tokens >= seq.params.min_tokens:
             return FinishReason.STOP, token_id
-        if seq.num_tokens >= seq.max_num_tokens:
+        if len(seq.token_ids) >= seq.max_num_tokens:
             return FinishReason.LENGTH, None
         return None, None
 
@@ -324,7 +324,7 @@ class Engine:
         scheduler = self._scheduler
         return WorkerLoad(
             num_running=len(scheduler.running),
-            num_waiting=len(scheduler.waiting) + len(scheduler.receiving),
+            num_waiting=scheduler.waiting.size + len(scheduler.receiving),
             num_held=self._num_held,
             waiting_tokens=scheduler.tokens_to_compute(),
             kv_blocks_used=self._pool.num_used,

@@ -57,13 +57,14 @@ def by_size(seq: Sequence) -> tuple[int, int, float, int]:
 
 def tokens_to_compute(seq: Sequence) -> int:
     """Return how many known tokens this engine has to compute, if a peer delivers what it said."""
-    return seq.num_tokens - max(seq.num_computed_tokens, seq.remote_kv)
+    known = seq.num_computed_tokens
+    return len(seq.token_ids) - (known if known > seq.remote_kv else seq.remote_kv)
 
 
 class WaitingQueue:
     """Sequences in two orders, by rank and by size. One that is pushed again gets its old place.
 
-    num_tokens: tokens to compute of all that wait.
+    num_tokens: tokens to compute of all that wait. size: how many these are.
 
     Two heaps from whose middle nothing is taken: what left stays as a tombstone until it surfaces or
     tombstones are the majority, so that cancelling a thousand requests does not cost a thousand rebuilds.
@@ -76,9 +77,10 @@ class WaitingQueue:
         self._by_size: list[tuple[tuple[int, int, float, int], int, Sequence]] = []
         self._num_pushes = 0
         self.num_tokens = 0
+        self.size = 0
 
     def __len__(self) -> int:
-        return len(self._live)
+        return self.size
 
     def push(self, seq: Sequence) -> None:
         self._num_pushes += 1
@@ -86,6 +88,7 @@ class WaitingQueue:
         heapq.heappush(self._by_rank, (rank(seq), self._num_pushes, seq))
         heapq.heappush(self._by_size, (by_size(seq), self._num_pushes, seq))
         self.num_tokens += tokens_to_compute(seq)
+        self.size += 1
 
     def peek(self) -> Sequence:
         """Return the sequence that is due first. Raises IndexError where none waits."""
@@ -109,15 +112,16 @@ class WaitingQueue:
         """Take out a sequence that is in the queue, wherever it is."""
         del self._live[seq]
         self.num_tokens -= tokens_to_compute(seq)
-        if not self._live:
+        self.size -= 1
+        if not self.size:
             self._by_rank.clear()
             self._by_size.clear()
             return
         # Neither heap may keep what only ever leaves through the other.
-        if len(self._by_rank) > 2 * len(self._live):
+        if len(self._by_rank) > 2 * self.size:
             self._by_rank = [entry for entry in self._by_rank if self._lives(entry)]
             heapq.heapify(self._by_rank)
-        if len(self._by_size) > 2 * len(self._live):
+        if len(self._by_size) > 2 * self.size:
             self._by_size = [entry for entry in self._by_size if self._lives(entry)]
             heapq.heapify(self._by_size)
 
@@ -184,7 +188,7 @@ class Scheduler:
 
     def has_work(self) -> bool:
         """Whether `schedule` would start or continue anything as things are now."""
-        return bool(self.running) or (len(self.waiting) > 0 and self._fit(self.waiting.peek()) is not None)
+        return bool(self.running) or (self.waiting.size > 0 and self._fit(self.waiting.peek()) is not None)
 
     # -- one step ----------------------------------------------------------------------------------
 
@@ -255,7 +259,7 @@ class Scheduler:
     def _due_first(self, prefills: list[Sequence], admitting: bool) -> Sequence | None:
         """Return the running prompt (they are by rank) that is due first, or admit one due before it."""
         first = prefills[0] if prefills else None
-        while admitting and len(self.waiting) > 0:
+        while admitting and self.waiting.size:
             waiting = self.waiting.peek()
             if first is not None and rank(first) < rank(waiting):
                 break
@@ -272,7 +276,7 @@ class Scheduler:
 
         None if there is none.
         """
-        if len(self.waiting) == 0:
+        if not self.waiting.size:
             return None
         shortest = self.waiting.peek_shortest()
         # A reservation computes nothing: a pull may begin while the budget goes to others.
@@ -340,8 +344,8 @@ class Scheduler:
         num_free = self._pool.num_free - self.num_growing
         if num_free <= 0:
             return None  # at least its last block is its own
-        cached = self._cached_prefix(seq)
-        num_blocks = self._blocks_for(seq.num_tokens)
+        cached = self._cached_prefix(seq) if self._caching else []
+        num_blocks = -(-len(seq.token_ids) // self._block_size)
         if self._pool.num_needed(cached, num_blocks - len(cached)) > num_free:
             return None
         will_receive = seq.remote_kv > len(cached) * self._block_size
@@ -356,34 +360,36 @@ class Scheduler:
         return held + num_more > self._max_receiving_blocks
 
     def _cached_prefix(self, seq: Sequence) -> list[int]:
-        if not self._caching:
-            return []
         # The last token is always computed: its logits are what the next one is drawn from.
         usable = (seq.num_tokens - 1) // self._block_size
         self._extend_hashes(seq, usable)
         return self._pool.lookup(islice(seq.block_hashes, usable))
 
     def _allocate(self, seq: Sequence, cached: list[int]) -> None:
+        num_tokens = len(seq.token_ids)
         self._pool.acquire(cached)
-        fresh = self._pool.allocate(self._blocks_for(seq.num_tokens) - len(cached))
+        fresh = self._pool.allocate(-(-num_tokens // self._block_size) - len(cached))
         if fresh is None:
             raise RuntimeError(f"no blocks for {seq.request_id}, which was found to fit")
         seq.block_table = cached + fresh
         seq.num_computed_tokens = len(cached) * self._block_size
         if seq.num_preemptions == 0:
             seq.num_cached_tokens = min(seq.num_computed_tokens, seq.num_prompt_tokens)
-            self.prefix_queries += seq.num_tokens
+            self.prefix_queries += num_tokens
             self.prefix_hits += seq.num_computed_tokens
 
     def _run(self, seq: Sequence) -> None:
         seq.status = SequenceStatus.RUNNING
-        insort(self.running, seq, key=rank)
+        if self.running and rank(seq) < rank(self.running[-1]):
+            insort(self.running, seq, key=rank)
+        else:
+            self.running.append(seq)
 
     # -- remote KV ---------------------------------------------------------------------------------
 
     def _reserve(self, seq: Sequence) -> bool:
         """Report the blocks of an admitted sequence for a pull; True if it can run without one."""
-        covering = seq.block_table[: self._blocks_for(seq.remote_kv)]
+        covering = seq.block_table[: -(-seq.remote_kv // self._block_size)]
         num_cached = min(seq.num_computed_tokens, len(covering) * self._block_size)
         self._reservations[seq.request_id] = Reservation(seq.request_id, covering, num_cached)
         if seq.num_computed_tokens >= seq.remote_kv:
@@ -430,9 +436,6 @@ class Scheduler:
         seq.block_table = []
 
     # -- blocks and hashes -------------------------------------------------------------------------
-
-    def _blocks_for(self, num_tokens: int) -> int:
-        return -(-num_tokens // self._block_size)
 
     def _register(self, seq: Sequence, first: int) -> None:
         """Make the full blocks findable whose KV is written, from block number `first` on."""

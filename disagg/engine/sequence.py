@@ -58,6 +58,7 @@ class Sequence:
         "num_prior_tokens",
         "remote_kv",
         "request",
+        "request_id",
         "runner_state",
         "status",
         "stop_token_ids",
@@ -76,6 +77,7 @@ class Sequence:
         stop_token_ids: frozenset[int] = frozenset(),
     ) -> None:
         self.request = request
+        self.request_id = request.request_id
         self.token_ids: list[int] = list(request.token_ids)
         self.num_prior_tokens = len(self.token_ids)
         self.num_computed_tokens = 0
@@ -96,10 +98,6 @@ class Sequence:
         self.first_scheduled_at: float | None = None
         # A runner may keep what it derived from the sequence (penalty counts, a slot in a GPU table) here.
         self.runner_state: object | None = None
-
-    @property
-    def request_id(self) -> str:
-        return self.request.request_id
 
     @property
     def params(self) -> SamplingParams:

@@ -60,7 +60,9 @@ class DecodeRun:
 
     def expect(self, max_num_tokens: int) -> None:
         """Note a request that may join one day, and how long it may get."""
-        self._longest = max(self._longest, -(-max_num_tokens // self._pool.block_size))
+        num_blocks = -(-max_num_tokens // self._pool.block_size)
+        if num_blocks > self._longest:
+            self._longest = num_blocks
 
     def without(self, items: Iterable[ScheduledSequence]) -> list[ScheduledSequence]:
         """Return the items of sequences that don't take part."""
@@ -101,14 +103,14 @@ class DecodeRun:
     @property
     def engine_is_empty(self) -> bool:
         """Whether nothing runs or waits, so that the Scheduler need not be asked."""
-        return not self._scheduler.running and not len(self._scheduler.waiting)
+        return not self._scheduler.running and not self._scheduler.waiting.size
 
     def goes_on(self) -> bool:
         """Return whether the Scheduler would choose exactly these sequences again, whatever it looked at."""
         scheduler = self._scheduler
         return (
             self.size == len(scheduler.running) > 0
-            and not len(scheduler.waiting)
+            and not scheduler.waiting.size
             and not scheduler._reservations
             and self._may_lag
             and self._growth(1) <= self._pool.num_free
@@ -125,7 +127,7 @@ class DecodeRun:
         scheduler = self._scheduler
         if self.size != len(scheduler.running) or not self._may_lag:
             return False
-        newcomers = len(scheduler.waiting) * self._longest + len(scheduler.receiving)
+        newcomers = scheduler.waiting.size * self._longest + len(scheduler.receiving)
         return self._growth(1) + self.size + newcomers <= self._pool.num_free
 
     def newcomers(self, now: float) -> tuple[ScheduledSequence, ...]:

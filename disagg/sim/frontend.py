@@ -37,6 +37,8 @@ class FrontEnd:
         self._dead_after_s = dead_after_s
         self._config = admission
         self._on_released = on_released
+        # Admission that is off never lets anybody wait.
+        self._queues = admission.enabled
         self.admission: Admission | None = Admission(admission, make_router())
         self._alone: Router | None = None
         self._settles_at: float | None = None
@@ -60,7 +62,7 @@ class FrontEnd:
         return None if placement is None else self._counted(placement)
 
     def _counted(self, placement: Placement) -> Placement:
-        self.placements[placement.policy, placement.kind.value] += 1
+        self.placements[placement.policy, placement.kind] += 1
         return placement
 
     def prefilled(self, request_id: str, now: float) -> None:
@@ -80,7 +82,7 @@ class FrontEnd:
 
     def _settle(self, now: float) -> None:
         """Pass on who is let in by what has changed."""
-        if self.admission is None or not len(self.admission.queue):
+        if not self._queues or self.admission is None or not len(self.admission.queue):
             return
         for released in self.admission.release(now):
             if not isinstance(released.outcome, DisaggError):

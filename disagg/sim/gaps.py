@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 
 # Each bucket is 1 % wider than the one before.
 _GROWTH = math.log(1.01)
@@ -13,15 +14,15 @@ class Gaps:
     """Counts gaps in seconds; percentiles are exact to 0.5 %."""
 
     def __init__(self) -> None:
-        self._counts: dict[int, int] = {}
+        self._counts: defaultdict[int, int] = defaultdict(int)
         self.total_s = 0.0
         self.count = 0
 
     def add(self, gap_s: float, count: int) -> None:
         if count == 0:
             return
-        bucket = int(math.log(max(gap_s, _SMALLEST_S) / _SMALLEST_S) / _GROWTH)
-        self._counts[bucket] = self._counts.get(bucket, 0) + count
+        bucket = int(math.log(gap_s / _SMALLEST_S) / _GROWTH) if gap_s > _SMALLEST_S else 0
+        self._counts[bucket] += count
         self.total_s += gap_s * count
         self.count += count
 

@@ -24,7 +24,7 @@ from disagg.sim.events import EventLoop
 from disagg.sim.gaps import Gaps
 from disagg.sim.pipeline import Pipeline
 from disagg.sim.step_samples import StepSamples
-from disagg.types import Request, SampledToken, StepOutput, WorkerInfo, WorkerStatus
+from disagg.types import Request, SampledToken, StepOutput, WorkerInfo, WorkerLoad, WorkerStatus
 
 # Empty batches in a row after which an engine is taken to be stuck: one can follow a preemption.
 _MAX_EMPTY_STEPS = 64
@@ -74,7 +74,7 @@ class SimWorker:
     sample_steps: report how long steps and pulls take, for routers that predict.
     arrived: KV of a hand-off is there before its request is added, so a reservation is active at once.
     pipeline: stages that its steps pass and share with other engines; such steps are taken singly. info: its
-    incarnation changes when it is replaced. usage: over all incarnations.
+    incarnation changes when it is replaced. usage: over all incarnations. alive: neither lost nor stopped.
     """
 
     def __init__(
@@ -135,7 +135,7 @@ class SimWorker:
         # next one comes with the step in flight.
         self._since: dict[str, float] = {}
         self._late: list[float] = []
-        self._alive = True
+        self.alive = True
         self._num_reports = 0
 
     # -- commands ------------------------------------------------------------------------------------
@@ -179,7 +179,7 @@ class SimWorker:
         self._command(_nothing)
 
     def _command(self, command: Callable[[], None]) -> None:
-        if not self._alive:
+        if not self.alive:
             return
         self._commands.append(command)
         if not self._in_flight:
@@ -296,7 +296,8 @@ class SimWorker:
         prompts = self._items
         items = run.end() + prompts
         if not items:
-            self._after_step([])
+            self._report_reservations()
+            self._continue()
             return
         self._items = []
         sampled = [SAMPLED if item.samples else None for item in items]
@@ -387,7 +388,11 @@ class SimWorker:
                 lagging = run.missing_blocks()
         load = self.engine.load()
         if lagging:
-            load = replace(load, kv_blocks_used=load.kv_blocks_used + lagging)
+            load = WorkerLoad(
+                *(load.num_running, load.num_waiting, load.num_held, load.waiting_tokens),
+                kv_blocks_used=load.kv_blocks_used + lagging,
+                kv_blocks_cached=load.kv_blocks_cached,
+            )
         blocks = self._block_events(snapshot) if with_blocks else None
         if self._samples is None:
             return WorkerReport(self.info, WorkerStatus.READY, load, blocks)
@@ -434,7 +439,7 @@ class SimWorker:
             if self._in_flight:
                 self._count_ended_steps(self._run)
             self._run.settle(in_flight=self._in_flight)
-        self._alive = False
+        self.alive = False
         self._version += 1
         return num_tokens(self.engine)
 
@@ -445,13 +450,9 @@ class SimWorker:
         self._start()
 
     @property
-    def alive(self) -> bool:
-        return self._alive
-
-    @property
     def busy(self) -> bool:
         """Whether a step is in flight."""
-        return self._alive and self._in_flight
+        return self.alive and self._in_flight
 
 
 def _is_decode(item: ScheduledSequence) -> bool:
