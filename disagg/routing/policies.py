@@ -131,18 +131,11 @@ class PrefixAware:
     ) -> Choice:
         pools = candidates(request, view)
         num_tokens, size = request.num_tokens, view.block_size
-        depths = index.depths(request.block_hashes, view.num_slots)
-        if depths is None:
-            blocks = num_tokens / size
-            prefill, decode = choose_pair(
-                prefill_costs(view, num_tokens),
-                decode_costs(view, blocks),
-                TRANSFER_COST * num_tokens,
-                pools,
-                rng,
-            )
-            return Choice(prefill, decode, pools.degraded)
-        uncached = np.maximum(1.0, num_tokens - depths * size)
+        held = index.held(request.block_hashes) if request.block_hashes else None
+        uncached: Floats | float = float(num_tokens)
+        if held is not None:
+            uncached = np.full(view.num_slots, float(num_tokens))
+            uncached[held.slots] = np.maximum(1.0, num_tokens - held.blocks * size[held.slots])
         prefill, decode = choose_pair(
             prefill_costs(view, uncached),
             decode_costs(view, uncached / size),
@@ -150,7 +143,8 @@ class PrefixAware:
             pools,
             rng,
         )
-        return Choice(prefill, decode, pools.degraded, (int(depths[prefill]), int(depths[decode])))
+        depths = (0, 0) if held is None else (held.depth(prefill), held.depth(decode))
+        return Choice(prefill, decode, pools.degraded, depths)
 
 
 class PowerOfTwo:

@@ -30,13 +30,18 @@ Slots = npt.NDArray[np.int64]
 Holders = tuple[int, ...] | npt.NDArray[np.int64]
 
 # So many dicts instead of one, so that none ever takes long to grow, and sweeping goes in small steps.
-_SHARDS = 1024
+_SHARDS = 8192
 _SHARD = _SHARDS - 1
 # Holders beyond so many are an array.
 _MANY = 16
+# Shards and entries that are looked at for dead tags each time that something is stored.
+_SWEPT_SHARDS, _SWEPT_ENTRIES = 64, 500
+# Looks at the bound until it is found out anew who has more than the average.
+_RICH_FOR = 256
 # Blocks stored between two looks at the bound.
 _PIECE = 4096
 _NOBODY = -1
+_NO_COUNTS: dict[int, int] = {}
 
 
 class _Source:
@@ -49,6 +54,35 @@ class _Source:
         self.alone: Holders = (tag,)
         self.count = 0
         self.expected: int | None = None
+
+
+class Held:
+    """Workers that hold leading blocks of a sequence: their slots, and how many `blocks` each."""
+
+    __slots__ = ("_depths", "blocks", "slots")
+
+    def __init__(self, slots: Slots, blocks: Slots) -> None:
+        self.slots, self.blocks = slots, blocks
+        self._depths: dict[int, int] | None = None
+
+    @classmethod
+    def of(cls, depths: dict[int, int]) -> Held:
+        held = cls(np.array(list(depths), dtype=np.int64), np.array(list(depths.values()), dtype=np.int64))
+        held._depths = depths
+        return held
+
+    @property
+    def depths(self) -> dict[int, int]:
+        if self._depths is None:
+            self._depths = dict(zip(self.slots.tolist(), self.blocks.tolist(), strict=True))
+        return self._depths
+
+    def depth(self, slot: int) -> int:
+        """Return how many blocks one worker holds."""
+        if self._depths is not None:
+            return self._depths.get(slot, 0)
+        at = int(self.slots.searchsorted(slot))
+        return int(self.blocks[at]) if at < len(self.slots) and self.slots[at] == slot else 0
 
 
 class PrefixIndex:
@@ -67,13 +101,15 @@ class PrefixIndex:
         self._chains = ChainTree()
         # Of each tag: its worker's slot, or _NOBODY. Tags come again only when nothing carries them any more.
         self._slot_of: Slots = np.full(8, _NOBODY, dtype=np.int64)
-        self._num_tags = 0
+        self._num_tags = self._num_slots = 0
         self._free_tags: list[int] = []
         # Tags that nobody has any more -> shards that may still carry them.
         self._dead: dict[int, int] = {}
         # Pairs in the shards, those of dead tags and of live ones.
         self._num_dead = self._num_live = 0
         self._hand = 0
+        self._rich: dict[int, _Source] = {}
+        self._rich_for = 0
 
     def __len__(self) -> int:
         """Return the number of (worker, block) pairs; a block both reported and expected counts twice."""
@@ -183,6 +219,9 @@ class PrefixIndex:
         """
         if len(self) + len(hashes) * len(slots) > self._max_entries:
             return None
+        for slot in slots:
+            if slot >= self._num_slots:
+                self._num_slots = slot + 1
         return self._chains.add(hashes, slots)
 
     def unexpect(self, chain: ChainNode, slot: int) -> None:
@@ -194,23 +233,16 @@ class PrefixIndex:
     def match(self, hashes: Sequence[int]) -> dict[int, int]:
         """Return {slot: number of leading blocks held}, without workers that hold not even the first."""
         found = self.held(hashes)
-        return {} if found is None else dict(zip(found[0].tolist(), found[1].tolist(), strict=True))
+        return {} if found is None else dict(found.depths)
 
-    def held(self, hashes: Sequence[int]) -> tuple[Slots, Slots] | None:
-        """Return match() as (slots, depths), arrays of equal length; None where nobody holds anything."""
+    def held(self, hashes: Sequence[int]) -> Held | None:
+        """Return match() in the form that policies use; None where nobody holds anything."""
         intervals = self._intervals(hashes)
         if not intervals:
             return None
         depths = self._few(intervals)
-        if depths is None:
-            return self._many(intervals)
-        if not depths:
-            return None
-        count = len(depths)
-        return (
-            np.fromiter(depths, dtype=np.int64, count=count),
-            np.fromiter(depths.values(), dtype=np.int64, count=count),
-        )
+        found = self._many(intervals) if depths is None else Held.of(depths)
+        return found if len(found.slots) else None
 
     def depths(self, hashes: Sequence[int], num_slots: int) -> Slots | None:
         """Return match() as an array over slots, shape [num_slots]; None where nobody holds anything."""
@@ -218,28 +250,28 @@ class PrefixIndex:
         if found is None:
             return None
         dense = np.zeros(num_slots, dtype=np.int64)
-        dense[found[0]] = found[1]
+        dense[found.slots] = found.blocks
         return dense
 
     def _intervals(self, hashes: Sequence[int]) -> list[tuple[int, Holders, dict[int, int]]]:
         """Return [(depth, tags, expected)]: who has the blocks up to each depth, from the one before on."""
         path = self._chains.path(hashes)
         expected = path[-1][0] if path else 0
-        shards, runs, depth = self._shards, [], 0
-        last: Holders = ()
-        for item in hashes:
-            holders = shards[item & _SHARD].get(item, ())
+        shards, runs = self._shards, []
+        last: Holders | None = None
+        depth = 0
+        for depth, holders in enumerate([shards[item & _SHARD].get(item) for item in hashes]):
             if holders is not last:
                 if depth:
-                    runs.append((depth, last))
+                    runs.append((depth, () if last is None else last))
                 last = holders
-            if not len(holders) and depth >= expected:
+            if holders is None and depth >= expected:
                 break
-            depth += 1
-        if depth and (not runs or runs[-1][0] != depth):
-            runs.append((depth, last))
+        else:
+            if hashes:
+                runs.append((len(hashes), () if last is None else last))
         if not path:
-            return [(end, holders, {}) for end, holders in runs]
+            return [(end, holders, _NO_COUNTS) for end, holders in runs]
         return _merged(runs, path)
 
     def _few(self, intervals: list[tuple[int, Holders, dict[int, int]]]) -> dict[int, int] | None:
@@ -269,25 +301,24 @@ class PrefixIndex:
             start = end
         return depths
 
-    def _many(self, intervals: list[tuple[int, Holders, dict[int, int]]]) -> tuple[Slots, Slots] | None:
-        slots = [self._slots(tags, expected) for _, tags, expected in intervals]
-        dense = np.zeros(int(max(item.max(initial=0) for item in slots)) + 1, dtype=np.int64)
+    def _many(self, intervals: list[tuple[int, Holders, dict[int, int]]]) -> Held:
+        # One more than there are slots: those of dead tags, which are -1, all count there.
+        dense = np.zeros(self._num_slots + 1, dtype=np.int64)
         start = 0
-        for (end, _, _), holding in zip(intervals, slots, strict=True):
-            going = holding[dense[holding] == start]
-            if not len(going):
-                break
-            dense[going] = end
+        for end, tags, expected in intervals:
+            holding: Slots = self._slot_of[np.asarray(tags, dtype=np.int64)]
+            if expected:
+                others = np.fromiter(expected, dtype=np.int64, count=len(expected))
+                holding = np.concatenate([holding, others])
+            if start:
+                holding = holding[dense[holding] == start]
+                if not len(holding):
+                    break
+            dense[holding] = end
             start = end
-        found = np.flatnonzero(dense)
-        return (found, dense[found]) if len(found) else None
-
-    def _slots(self, tags: Holders, expected: dict[int, int]) -> Slots:
-        slots: Slots = self._slot_of[np.asarray(tags, dtype=np.int64)]
-        slots = slots[slots >= 0]
-        if not expected:
-            return slots
-        return np.concatenate([slots, np.fromiter(expected, dtype=np.int64, count=len(expected))])
+        dense[-1] = 0
+        found = dense.nonzero()[0]
+        return Held(found, dense[found])
 
     # -- inside --------------------------------------------------------------------------------------
 
@@ -307,6 +338,7 @@ class PrefixIndex:
                 more = np.full(len(self._slot_of), _NOBODY, dtype=np.int64)
                 self._slot_of = np.concatenate([self._slot_of, more])
         self._slot_of[tag] = slot
+        self._num_slots = max(self._num_slots, slot + 1)
         return tag
 
     def _retire(self, slot: int) -> None:
@@ -315,6 +347,7 @@ class PrefixIndex:
         if source is None:
             return
         self._slot_of[source.tag] = _NOBODY
+        self._rich.pop(source.tag, None)
         self._num_live -= source.count
         self._num_dead += source.count
         if source.count:
@@ -323,17 +356,19 @@ class PrefixIndex:
             self._free_tags.append(source.tag)
 
     def _sweep(self) -> None:
-        """Take dead tags out of one more shard."""
-        if not self._dead:
-            return
-        shard = self._shards[self._next_shard()]
-        self._num_dead -= _strip(shard, self._dead.keys())
-        for tag, left in list(self._dead.items()):
-            if left > 1:
-                self._dead[tag] = left - 1
-            else:
-                del self._dead[tag]
-                self._free_tags.append(tag)
+        """Take dead tags out of some more shards."""
+        seen = shards = 0
+        while self._dead and shards < _SWEPT_SHARDS and seen < _SWEPT_ENTRIES:
+            shard = self._shards[self._next_shard()]
+            seen += len(shard)
+            shards += 1
+            self._num_dead -= _strip(shard, self._dead.keys())
+            for tag, left in list(self._dead.items()):
+                if left > 1:
+                    self._dead[tag] = left - 1
+                else:
+                    del self._dead[tag]
+                    self._free_tags.append(tag)
 
     def _next_shard(self) -> int:
         self._hand = (self._hand + 1) & _SHARD
@@ -347,18 +382,23 @@ class PrefixIndex:
             if self._dead:
                 self._sweep()
                 continue
-            sources = [source for source in self._sources.values() if source.count]
-            if not sources:
+            if tries % _SHARDS == 0 or self._rich_for <= 0:
+                self._find_rich()
+            if not self._rich:
                 return
-            average = self._num_live / len(sources)
-            rich = {source.tag: source for source in sources if source.count >= average}
             taken: dict[int, int] = {}
-            # As many shards in one go as hold what is wanted, if half of the blocks belong to the rich.
-            for _ in range(max(1, 2 * count * _SHARDS // max(1, self._num_live))):
-                _strip(self._shards[self._next_shard()], rich.keys(), taken)
+            _strip(self._shards[self._next_shard()], self._rich.keys(), taken)
             for tag, lost in taken.items():
-                rich[tag].count -= lost
+                self._rich[tag].count -= lost
                 self._num_live -= lost
+        self._rich_for -= 1
+
+    def _find_rich(self) -> None:
+        """Find out who has no less than the average: of these blocks are given up."""
+        sources = [source for source in self._sources.values() if source.count]
+        average = self._num_live / max(1, len(sources))
+        self._rich = {source.tag: source for source in sources if source.count >= average}
+        self._rich_for = _RICH_FOR
 
     def check_integrity(self) -> None:
         """Raise AssertionError where counts and entries disagree; for tests and idle moments."""

@@ -20,8 +20,8 @@ import numpy.typing as npt
 
 from disagg.routing.charges import ASIDE_S
 from disagg.routing.choice import Choice, candidates
-from disagg.routing.costs import DUE_PART, turn_of
-from disagg.routing.prefix_index import PrefixIndex
+from disagg.routing.costs import DUE_PART, WorkerCosts, turn_of
+from disagg.routing.prefix_index import Held, PrefixIndex
 from disagg.routing.types import PlacementRequest
 from disagg.routing.view import ClusterView, Floats, Pools, Slots
 
@@ -48,7 +48,6 @@ class Slo:
     ) -> Choice:
         """See Policy.choose."""
         pools = candidates(request, view)
-        view.price()
         held = index.held(request.block_hashes) if request.block_hashes else None
         offer = _Offer(request, view, held)
         if pools.degraded:
@@ -65,36 +64,36 @@ class _Offer:
     prompt's own computing. All over slots.
     """
 
-    def __init__(
-        self, request: PlacementRequest, view: ClusterView, held: tuple[Slots, Slots] | None
-    ) -> None:
+    def __init__(self, request: PlacementRequest, view: ClusterView, held: Held | None) -> None:
         self._request, self._view, self._held = request, view, held
         self.gaps = max(1.0, min(request.max_new_tokens, view.expected_tokens) - 1)
         num_tokens = request.num_tokens
+        token_s, queued = view.token_s, view.queued_tokens
         # A rough turn is enough to compare workers: the exact one comes with the prediction.
-        turn = turn_of(num_tokens, request.priority)
-        uncached: Floats | float = float(num_tokens)
-        if held is not None:
+        ahead = np.minimum(view.shorter(turn_of(num_tokens, request.priority)), queued)
+        decode_s = view.step_s * self.gaps
+        decode_s += view.place_s
+        if held is None:
+            work = token_s * num_tokens
+            work += view.attended_s * (num_tokens * num_tokens / 2)
+            ahead += np.minimum(queued - ahead, (ahead + num_tokens) * DUE_PART)
+            decode_s += view.token_pull_s * num_tokens
+        else:
             uncached = np.full(view.num_slots, float(num_tokens))
-            slots, depths = held
-            uncached[slots] = np.maximum(1.0, num_tokens - depths * view.block_size[slots])
-        attended = uncached * (num_tokens - uncached / 2)
-        self.work: Floats = uncached * view.token_s + attended * view.attended_s
-        ahead = np.minimum(view.shorter[turn], view.queued_tokens)
-        later = view.queued_tokens - ahead
-        ahead += np.minimum(later, (ahead + uncached) * DUE_PART)
-        ahead *= view.token_s
+            uncached[held.slots] = np.maximum(1.0, num_tokens - held.blocks * view.block_size[held.slots])
+            work = token_s * uncached
+            work += view.attended_s * (uncached * (num_tokens - uncached / 2))
+            ahead += np.minimum(queued - ahead, (ahead + uncached) * DUE_PART)
+            decode_s += view.token_pull_s * uncached
+        ahead *= token_s
         ahead += view.begin_s
-        self.first: Floats = ahead + self.work
-        self.decode_s: Floats = view.step_s * self.gaps
-        self.decode_s += view.place_s
-        self.decode_s += uncached * view.token_pull_s
+        ahead += work
+        self.first: Floats = ahead
+        self.work: Floats = work
+        self.decode_s: Floats = decode_s
 
     def depth(self, slot: int) -> int:
-        if self._held is None:
-            return 0
-        at = np.flatnonzero(self._held[0] == slot)
-        return int(self._held[1][at[0]]) if len(at) else 0
+        return 0 if self._held is None else self._held.depth(slot)
 
     def both(self) -> Floats:
         """Return over slots the seconds until one worker has done it all, and what that costs others."""
@@ -141,7 +140,7 @@ class _Offer:
     def _cheaper(self, prefill: int, decode: int) -> bool:
         """Whether the decode worker serves the request sooner alone, its streams' loss counted in."""
         costs = self._view.costs(decode)
-        if not costs.fitted or not self._room(np.array([decode]))[0]:
+        if not costs.fitted or not self._has_room(decode, costs):
             return False
         missing = self._request.num_tokens - self.depth(decode) * self._view.size_of_block(decode)
         alone = float(self.first[decode]) + float(self.work[decode]) * (1 + costs.sequences)
@@ -155,6 +154,12 @@ class _Offer:
         limit = np.minimum(view.tightest_s.take(slots), self._request.slo_tpot_s or np.inf)
         room: npt.NDArray[np.bool_] = view.bare_step_s.take(slots) <= limit * (1 - SPARE) * (1 - share)
         return room
+
+    def _has_room(self, slot: int, costs: WorkerCosts) -> bool:
+        """Return the same of one worker."""
+        share = costs.aside + float(self.work[slot]) / ASIDE_S
+        limit = min(float(self._view.tightest_s[slot]), self._request.slo_tpot_s or np.inf)
+        return costs.bare_step_s <= limit * (1 - SPARE) * (1 - share)
 
 
 def _lowest(values: Floats, rng: random.Random) -> int:

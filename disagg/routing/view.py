@@ -22,13 +22,21 @@ from disagg.types import Role, WorkerInfo, WorkerState, WorkerStatus
 Slots = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
 
-# Rows of ClusterView._prices.
-_PRICES = (
-    *("begin_s", "token_s", "attended_s", "step_s", "place_s", "token_pull_s"),
-    *("bare_step_s", "aside", "tightest_s"),
-)
 _ROLE_CODE = {Role.PREFILL: 0, Role.DECODE: 1, Role.MIXED: 2}
 _INITIAL_SLOTS = 8
+
+
+class _Column:
+    """An array over slots that is brought up to date when somebody reads it."""
+
+    def __init__(self, row: int) -> None:
+        self._row = row
+
+    def __get__(self, view: ClusterView, owner: type[ClusterView]) -> Floats:
+        return view.columns()[self._row]
+
+
+_NUM_COLUMNS = 13
 # Most requests end long before max_new_tokens; charging all of it would make every worker look full. So long
 # is an answer taken to be until some have ended,
 EXPECTED_NEW_TOKENS = 256
@@ -69,9 +77,10 @@ class ClusterView:
     Arrays over slots: queued_tokens (to prefill), sequences (decoding, or placed to), excess (sequences over
     what a worker runs at once, were there one more), kv_blocks (in use or expected to be), and limits:
     max_tokens (longest request that fits), kv_total (blocks), block_size.
-    Prices in seconds, arrays over slots: those of disagg.routing.costs.WorkerCosts, and `shorter`, shape
-    [NUM_TURNS, slots]: queued tokens of prompts whose turn is not later. expected_tokens: of an answer;
-    expected_prompt: to compute of a prompt.
+    Prices in seconds, arrays over slots: those of disagg.routing.costs.WorkerCosts, begin_s and token_s with
+    a worker's chunks in them. aside: share of the time that prompts take of who decodes; tightest_s: the
+    tightest TPOT objective of these. now: of what came last. expected_tokens: of an answer; expected_prompt:
+    to compute of a prompt. What changed is worked out when somebody asks, however often it changed.
     """
 
     def __init__(self, *, max_charges: int = 100_000) -> None:
@@ -94,21 +103,22 @@ class ClusterView:
         self.predictors = Predictors()
         self._pools: Pools | None = None
         self._allocate(_INITIAL_SLOTS)
+        self._rows = list(self._table)
+
+    queued_tokens, sequences, excess, kv_blocks = (_Column(row) for row in range(4))
+    begin_s, token_s, attended_s, step_s, place_s = (_Column(row) for row in range(4, 9))
+    token_pull_s, bare_step_s, aside, tightest_s = (_Column(row) for row in range(9, 13))
+
+    def shorter(self, turn: int) -> Floats:
+        """Return over slots the queued tokens of prompts whose turn is not later."""
+        return self.columns()[_NUM_COLUMNS + turn]
 
     def _allocate(self, size: int) -> None:
-        self.queued_tokens: Floats = np.zeros(size)
-        self.sequences: Floats = np.zeros(size)
-        self.excess: Floats = np.zeros(size)
-        self.kv_blocks: Floats = np.zeros(size)
         self.kv_total: Floats = np.ones(size)
         self.block_size: Floats = np.ones(size)
         self.max_tokens: Floats = np.zeros(size)
-        # One row each, so that a worker's prices are written at once.
-        self._prices: Floats = np.zeros((len(_PRICES), size))
-        self.begin_s, self.token_s, self.attended_s = self._prices[:3]
-        self.step_s, self.place_s, self.token_pull_s = self._prices[3:6]
-        self.bare_step_s, self.aside, self.tightest_s = self._prices[6:]
-        self.shorter: Floats = np.zeros((NUM_TURNS, size))
+        # One row each, then those of `shorter`.
+        self._table: Floats = np.zeros((_NUM_COLUMNS + NUM_TURNS, size))
         self._role: npt.NDArray[np.int8] = np.zeros(size, dtype=np.int8)
         self._ready: npt.NDArray[np.bool_] = np.zeros(size, dtype=np.bool_)
 
@@ -117,6 +127,7 @@ class ClusterView:
         self._allocate(2 * len(self._ready))
         for name, values in old.items():
             getattr(self, name)[..., : values.shape[-1]] = values
+        self._rows = list(self._table)
 
     # -- workers -------------------------------------------------------------------------------------
 
@@ -154,7 +165,7 @@ class ClusterView:
         if report.steps or report.transfers:
             predictor = self.predictors.learn(slot, info, report.steps, report.transfers)
             self._set_prices(account.costs, predictor)
-        self._refresh(slot)
+        self._stale.add(slot)
 
     def _new_slot(self, worker_id: str) -> int:
         if self._free:
@@ -320,8 +331,8 @@ class ClusterView:
             _, token_s, attended_s = self._accounts[prefill].costs.prefill
             attended = tokens * (request.num_tokens - tokens / 2)
             self._accounts[prefill].note_aside(tokens * token_s + attended * attended_s, now)
-        self._refresh(prefill)
-        self._refresh(decode)
+        self._stale.add(prefill)
+        self._stale.add(decode)
         return charge, ended
 
     def prefilled(self, request_id: str) -> Charge | None:
@@ -331,11 +342,11 @@ class ClusterView:
             return None
         if charge.prefill_slot != NOWHERE:
             self._accounts[charge.prefill_slot].end_prefill(charge)
-            self._refresh(charge.prefill_slot)
+            self._stale.add(charge.prefill_slot)
         charge.prefilled = True
         if charge.decode_slot != NOWHERE:
             self._accounts[charge.decode_slot].arrive_decode(charge)
-            self._refresh(charge.decode_slot)
+            self._stale.add(charge.decode_slot)
         else:
             self._drop(charge)
         return charge
@@ -362,10 +373,10 @@ class ClusterView:
     def _end(self, charge: Charge) -> Charge:
         if charge.prefill_slot != NOWHERE and not charge.prefilled:
             self._accounts[charge.prefill_slot].end_prefill(charge)
-            self._refresh(charge.prefill_slot)
+            self._stale.add(charge.prefill_slot)
         if charge.decode_slot != NOWHERE:
             self._accounts[charge.decode_slot].end_decode(charge)
-            self._refresh(charge.decode_slot)
+            self._stale.add(charge.decode_slot)
         self._drop(charge)
         return charge
 
@@ -376,28 +387,38 @@ class ClusterView:
         if not own:
             del self._by_frontend[charge.frontend_id]
 
-    def _refresh(self, slot: int) -> None:
-        account = self._accounts[slot]
-        queued, sequences, blocks = account.queued_tokens, account.sequences, account.kv_blocks
-        excess = sequences + 1 - account.max_seqs
-        self.queued_tokens[slot] = queued
-        self.sequences[slot] = sequences
-        self.excess[slot] = excess if excess > 0 else 0
-        self.kv_blocks[slot] = blocks
-        self._stale.add(slot)
+    def columns(self) -> list[Floats]:
+        """Return all columns, up to date."""
+        stale = self._stale
+        if stale:
+            slots = list(stale)
+            stale.clear()
+            if len(slots) == 1:
+                self._table[:, slots[0]] = self._row_of(slots[0])
+            else:
+                self._table[:, slots] = np.array([self._row_of(slot) for slot in slots]).T
+        return self._rows
 
-    def price(self) -> None:
-        """Bring the prices of all workers up to date; whoever reads them calls this first."""
-        while self._stale:
-            slot = self._stale.pop()
-            costs, account = self._priced(slot), self._accounts[slot]
-            self._prices[:, slot] = (
-                costs.begin_s + costs.chunk_s,
-                costs.token_s + costs.chunk_s / costs.chunk,
-                *(costs.attended_s, costs.step_s, costs.place_s, costs.pull[1] + costs.pull[2] * costs.links),
-                *(costs.bare_step_s, costs.aside, account.tightest_s),
-            )
-            self.shorter[:, slot] = account.shorter
+    def _row_of(self, slot: int) -> list[float]:
+        costs, account = self._priced(slot), self._accounts[slot]
+        sequences = account.sequences
+        excess = sequences + 1 - account.max_seqs
+        return [
+            account.queued_tokens,
+            sequences,
+            excess if excess > 0 else 0,
+            account.kv_blocks,
+            costs.begin_s + costs.chunk_s,
+            costs.token_s + costs.chunk_s / costs.chunk,
+            costs.attended_s,
+            costs.step_s,
+            costs.place_s,
+            costs.pull[1] + costs.pull[2] * costs.links,
+            costs.bare_step_s,
+            costs.aside,
+            account.tightest_s,
+            *account.shorter,
+        ]
 
     def _priced(self, slot: int) -> WorkerCosts:
         account = self._accounts[slot]
