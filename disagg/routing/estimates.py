@@ -27,7 +27,7 @@ def predict(
         stall += on_decode.pull_s(missing, max(on_prefill.links, on_decode.links))
     gaps = max(1.0, min(request.max_new_tokens, view.expected_tokens) - 1)
     step_s = on_decode.step_s
-    return Prediction(
+    raw = Prediction(
         ttft=ttft,
         wait_s=wait,
         stall=stall,
@@ -36,6 +36,7 @@ def predict(
         idle_tpot=on_decode.idle_step_s + (stall - on_decode.place_s) / gaps,
         fitted=on_prefill.prefill_fitted and on_decode.decode_fitted,
     )
+    return view.calibration.apply(raw, local=prefill == decode)
 
 
 def ended_by(seconds: float, costs: WorkerCosts, view: ClusterView) -> float:

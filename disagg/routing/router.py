@@ -109,6 +109,8 @@ class Router:
         charge.prefilled_at = now
         if now is not None and charge.prediction is not None:
             self._note_error("ttft", charge.prediction.ttft, now - charge.placed_at, charge)
+            if charge.prediction.fitted:
+                self.view.calibration.first_token(charge.prediction, now - charge.placed_at)
 
     def finished(self, request_id: str, now: float | None = None, num_tokens: int = 0) -> None:
         """The request has ended, however. Unknown ids are ignored.
@@ -124,6 +126,8 @@ class Router:
             tpot = (now - charge.prefilled_at) / (num_tokens - 1)
             if charge.prediction is not None:
                 self._note_error("tpot", charge.prediction.tpot, tpot, charge)
+                if charge.prediction.fitted:
+                    self.view.calibration.ended(charge.prediction, tpot, local=charge.local)
 
     def _note_error(self, name: str, predicted: float, actual: float, charge: Charge) -> None:
         fitted = charge.prediction is not None and charge.prediction.fitted

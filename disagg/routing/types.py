@@ -53,7 +53,8 @@ class Prediction:
     idle worker. stall: from the first token to decode's first step (transfer, and the wait for a place).
     tpot: between tokens, the stall spread over them. later_tpot: the same by the time that prefill is done;
     idle_tpot: were the decode worker idle.
-    fitted: whether it rests on measured steps of both workers, each of its phase, or on defaults.
+    fitted: whether it rests on measured steps of both workers, each of its phase, or on defaults. raw: the
+    same before it was corrected by how earlier ones turned out, None where nothing is known of that.
     """
 
     ttft: float
@@ -63,6 +64,7 @@ class Prediction:
     later_tpot: float
     idle_tpot: float
     fitted: bool
+    raw: Prediction | None = None
 
     @property
     def service_s(self) -> float:

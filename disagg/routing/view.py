@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from disagg.routing.calibration import Calibration
 from disagg.routing.charges import NOWHERE, Account, Charge
 from disagg.routing.costs import NUM_TURNS, WorkerCosts, turn_of
 from disagg.routing.predictors import Predictor, Predictors
@@ -101,6 +102,7 @@ class ClusterView:
         self.expected_tokens = float(EXPECTED_NEW_TOKENS)
         self.expected_prompt = float(EXPECTED_PROMPT_TOKENS)
         self.predictors = Predictors()
+        self.calibration = Calibration()
         self._pools: Pools | None = None
         self._allocate(_INITIAL_SLOTS)
         self._rows = list(self._table)

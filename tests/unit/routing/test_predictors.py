@@ -115,3 +115,21 @@ def test_a_short_prompt_is_prefilled_on_an_idle_decode_worker_and_a_long_one_is_
     made.finished("short")
     made.finished("long")
     assert made.place(request("beside", 64), 0.4).kind is PlacementKind.DISAGGREGATED
+
+
+def test_what_every_prediction_leaves_out_is_learned() -> None:
+    made = profiled(prefill=1, decode=1)
+    for number in range(40):
+        now, name = 100.0 * number, f"r{number}"
+        prediction = made.place(request(name, 400, max_new_tokens=101), now).prediction
+        assert prediction is not None
+        raw = prediction.raw or prediction
+        # Streams and loops add 30 ms to every first token, and a fifth to the time between tokens.
+        made.prefilled(name, now + raw.ttft + 0.03)
+        made.finished(name, now + raw.ttft + 0.03 + 100 * 1.2 * raw.tpot, 101)
+    made.take_errors()
+    prediction = made.place(request("last", 400, max_new_tokens=101), 5000.0).prediction
+    assert prediction is not None and prediction.raw is not None
+    assert prediction.ttft == pytest.approx(prediction.raw.ttft + 0.03, rel=0.02)
+    assert prediction.tpot == pytest.approx(1.2 * prediction.raw.tpot, rel=0.02)
+    assert prediction.service_s == pytest.approx(prediction.ttft - prediction.wait_s)

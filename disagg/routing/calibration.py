@@ -1,0 +1,69 @@
+"""Calibration: what predictions leave out, learned from how requests turned out.
+
+Steps and pulls are measured inside workers. Between a placement and its first token lie the front end, two
+streams and the worker's loop as well, and between two tokens the loop again. So actual = a + b * predicted
+is fitted as requests come back; with nothing learned yet, predictions stand as they are.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from disagg.routing.fit import Fit
+from disagg.routing.types import Prediction
+
+_FORGETTING = 0.99
+# Whatever came out, predictions are not scaled by more than this, nor by less than its inverse.
+_MOST = 4.0
+# So many samples are made use of at once.
+_EAGER = 64
+
+
+def _line() -> Fit:
+    return Fit((0.1, 1.0), coefficients=(0.0, 1.0, 0.0), forgetting=_FORGETTING, follows=False)
+
+
+class Calibration:
+    """Lines through predicted and actual TTFT and TPOT; TPOT apart for who was handed over."""
+
+    def __init__(self) -> None:
+        self._ttft = _line()
+        self._tpot = {False: _line(), True: _line()}
+
+    def apply(self, raw: Prediction, *, local: bool) -> Prediction:
+        """Return what a prediction comes to; `raw` is kept in it, since only that teaches anything."""
+        ttft_a, ttft_b = _coefficients(self._ttft)
+        tpot_a, tpot_b = _coefficients(self._tpot[local])
+        if not raw.fitted or (ttft_a, ttft_b, tpot_a, tpot_b) == (0.0, 1.0, 0.0, 1.0):
+            return raw
+        return replace(
+            raw,
+            ttft=ttft_a + ttft_b * raw.ttft,
+            wait_s=ttft_b * raw.wait_s,
+            tpot=tpot_a + tpot_b * raw.tpot,
+            later_tpot=tpot_a + tpot_b * raw.later_tpot,
+            idle_tpot=tpot_a + tpot_b * raw.idle_tpot,
+            raw=raw,
+        )
+
+    def first_token(self, prediction: Prediction, seconds: float) -> None:
+        """Learn from a TTFT."""
+        _learn(self._ttft, (prediction.raw or prediction).ttft, seconds)
+
+    def ended(self, prediction: Prediction, tpot: float, *, local: bool) -> None:
+        """Learn from the seconds between a request's tokens."""
+        _learn(self._tpot[local], (prediction.raw or prediction).tpot, tpot)
+
+
+def _learn(line: Fit, predicted: float, actual: float) -> None:
+    line.add(predicted, 0.0, actual)
+    # Later it solves itself every few samples.
+    if line.num_samples < _EAGER:
+        line.solve()
+
+
+def _coefficients(line: Fit) -> tuple[float, float]:
+    if not line.fitted:
+        return 0.0, 1.0
+    constant, factor, _ = line.coefficients
+    return constant, min(_MOST, max(1 / _MOST, factor))
