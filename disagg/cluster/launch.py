@@ -11,8 +11,8 @@ from pathlib import Path
 
 from disagg.errors import ConfigError
 
+REPLICA_PORTS, PROXY_PORTS = 96, 4
 # Small, since no KV travels through Ray's object store; Ray asks for at least 75 MiB.
-REPLICA_PORTS = 100
 OBJECT_STORE_BYTES = 80 * 1024 * 1024
 
 
@@ -40,10 +40,10 @@ def free_port(host: str = "127.0.0.1") -> int:
 
 
 def free_range(length: int, host: str = "127.0.0.1") -> int:
-    """Return the first of `length` ports below the ephemeral range of which the first few are free now."""
+    """Return the first of `length` ports below the ephemeral range that are all free now."""
     for start in random.sample(range(20_000, 30_000, length), 50):
         try:
-            for port in range(start, start + 4):
+            for port in range(start, start + length):
                 check_port_free(host, port, param="port")
         except ConfigError:
             continue
@@ -54,7 +54,11 @@ def free_range(length: int, host: str = "127.0.0.1") -> int:
 def prepare_environment() -> None:
     """Set what Ray reads when it is imported or started; what the operator set already stays."""
     run_folder = Path(tempfile.mkdtemp(prefix="disagg-haproxy-"))
-    replica_ports = free_range(REPLICA_PORTS)
+    # No port of the ephemeral range: until Serve binds it, a connection to anywhere could take it.
+    replica_ports = free_range(REPLICA_PORTS + PROXY_PORTS)
+    metrics_port, stats_port, fallback_port, fallback_grpc_port = range(
+        replica_ports + REPLICA_PORTS, replica_ports + REPLICA_PORTS + PROXY_PORTS
+    )
     defaults = {
         "RAY_USAGE_STATS_ENABLED": "0",
         # Serve's Python proxy costs about 10 ms a request more than HAProxy.
@@ -64,14 +68,14 @@ def prepare_environment() -> None:
         # what a request costs without the model. Front ends count theirs.
         "RAY_SERVE_HAPROXY_METRICS_ENABLED": "0",
         # Fixed paths and ports would make a second cluster on this machine fight the first.
-        "RAY_SERVE_HAPROXY_METRICS_PORT": str(free_port()),
+        "RAY_SERVE_HAPROXY_METRICS_PORT": str(metrics_port),
         # Replicas share their ports with whoever else binds them: without a range of its own, this cluster's
         # proxy could send requests to another cluster's replica, past this one's API key.
         "RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT": str(replica_ports),
         "RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT": str(replica_ports + REPLICA_PORTS - 1),
-        "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(free_port()),
-        "RAY_SERVE_FALLBACK_PROXY_GRPC_PORT": str(free_port()),
-        "RAY_SERVE_HAPROXY_STATS_PORT": str(free_port()),
+        "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(fallback_port),
+        "RAY_SERVE_FALLBACK_PROXY_GRPC_PORT": str(fallback_grpc_port),
+        "RAY_SERVE_HAPROXY_STATS_PORT": str(stats_port),
         "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(run_folder / "haproxy.cfg"),
         "RAY_SERVE_HAPROXY_SOCKET_PATH": str(run_folder / "admin.sock"),
         "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(run_folder),

@@ -21,7 +21,7 @@ from typing import Any
 import httpx
 import pytest
 
-from disagg.cluster.launch import REPLICA_PORTS, free_port, free_range
+from disagg.cluster.launch import PROXY_PORTS, REPLICA_PORTS, free_port, free_range
 from tests.unit.helm.chart_support import CHART, render, serve_config, the
 
 pytestmark = pytest.mark.slow
@@ -63,7 +63,8 @@ class Nodes:
 
 def _environment(folder: Path) -> dict[str, str]:
     """Return the chart's environment, with ports of this test's own instead of a pod's."""
-    first = free_range(REPLICA_PORTS)
+    first = free_range(REPLICA_PORTS + PROXY_PORTS)
+    others = first + REPLICA_PORTS
     return {
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
         "RAY_USAGE_STATS_ENABLED": "0",
@@ -71,10 +72,10 @@ def _environment(folder: Path) -> dict[str, str]:
         "RAY_AUTH_TOKEN": TOKEN,
         "RAY_SERVE_ENABLE_HA_PROXY": "1",
         "RAY_SERVE_HAPROXY_NBTHREAD": "1",
-        "RAY_SERVE_HAPROXY_METRICS_PORT": str(free_port()),
-        "RAY_SERVE_HAPROXY_STATS_PORT": str(free_port()),
-        "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(free_port()),
-        "RAY_SERVE_FALLBACK_PROXY_GRPC_PORT": str(free_port()),
+        "RAY_SERVE_HAPROXY_METRICS_PORT": str(others),
+        "RAY_SERVE_HAPROXY_STATS_PORT": str(others + 1),
+        "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(others + 2),
+        "RAY_SERVE_FALLBACK_PROXY_GRPC_PORT": str(others + 3),
         "RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT": str(first),
         "RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT": str(first + REPLICA_PORTS - 1),
         "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(folder / "haproxy.cfg"),
