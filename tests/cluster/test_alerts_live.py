@@ -34,9 +34,11 @@ pytestmark = [
     pytest.mark.timeout(900),
     pytest.mark.skipif(PROGRAM is None, reason="no prometheus on PATH or in PROMETHEUS (Debian package)"),
 ]
-# A small cache fills, few waiting requests are too many, no objective can be met, leases are short.
+# A small cache fills, few waiting requests are too many (admission's queue is the first to be full), no
+# objective can be met, leases are short.
 SETTINGS: dict[str, Any] = {
     "engine": {"num_kv_blocks": 200, "max_waiting": 6, "max_num_seqs": 8},
+    "admission": {"max_queue": 16},
     "transfer": {"lease_s": 0.6},
     "router": {"dead_after_s": 3.0, "heartbeat_s": 0.3},
     "slo": {"ttft_s": 1e-4, "tpot_s": 1e-6},
@@ -232,6 +234,7 @@ def provoke(served: Served, watch: Prometheus, load: Load) -> set[str]:
     expect("DisaggKVCacheNearFull")
     load.concurrency, load.max_tokens = 60, 50
     expect("DisaggRequestsShed")
+    assert watch.query('disagg_router_refusals_total{reason="queue_full"} > 0'), "admission says why"
     load.concurrency, load.max_tokens = 4, 20
 
     decode = served.pid_of("decode-0")
