@@ -5,11 +5,13 @@
 Short chats with a tight time per output token and long prompts with a loose one arrive at random at `disagg
 serve` on this machine. Goodput: requests per second that meet both of their objectives. Each policy sees the
 same arrivals at each rate; beside the policies of two workers, one for each phase, stand colocated placement
-on the same two cores and chunked prefill with a small budget. Then --overload times the rate at which the
-last policy was best, for as long: goodput beside its peak, how long a refusal takes, and memory before and
-after. Client, front end, router, proxy and Ray share the cores with the workers.
+on the same two cores and chunked prefill with a small budget. Then --overload times what the last policy
+served at its best: goodput beside its peak, how long a refusal takes, which process took how much of the
+processors, and the memory of each before and after. Client, front end, router, proxy and Ray share the cores
+with the workers.
 
-Objectives come from the machine: --slack times what one request of a kind takes alone.
+Objectives come from the machine: --slack times the 90th percentile of a kind at --calibrate requests a
+second, of which none asks for anything.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ import argparse
 import asyncio
 import gc
 import json
+import os
 import statistics
 import time
 from collections import Counter
@@ -27,8 +30,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 from local_cluster import BUNDLED, LocalCluster, PromptSource, checkpoint, serving
+from processes import Usage, usage
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
@@ -39,6 +42,7 @@ from disagg.bench.machine import describe_machine
 REQUEST_TIMEOUT_S = 120.0
 RESOLVE_S = 1.0
 SHED_LIMIT_MS, KEPT_LIMIT = 50.0, 0.9
+QUANTILE = 90
 CHUNKED_TOKENS = 32
 
 
@@ -81,12 +85,13 @@ def placements(chunk: int, policies: Sequence[str]) -> dict[str, dict[str, Any]]
 
 @dataclass
 class Outcome:
-    """What became of the requests of one run. Seconds."""
+    """What became of the requests of one run. Seconds. late: of those served, by the objective missed."""
 
     rate: float
     seconds: float
     good: int = 0
     served: int = 0
+    late: Counter[str] = field(default_factory=Counter)
     shed_s: list[float] = field(default_factory=list)
     failures: Counter[str] = field(default_factory=Counter)
 
@@ -121,21 +126,28 @@ class Load:
         await asyncio.sleep(RESOLVE_S)
         client.close()
 
-    async def calibrate(self, slack: float) -> None:
-        """Set objectives from what a request of each kind takes alone."""
-        client = Client(Endpoint.parse(self._url), REQUEST_TIMEOUT_S)
-        prompts = PromptSource(self._vocab_size, 8)
+    async def calibrate(self, rate: float, seconds: float, slack: float) -> None:
+        """Set objectives from what requests of each kind take under a moderate load."""
+        plain = Client(Endpoint.parse(self._url), REQUEST_TIMEOUT_S)
+        self.clients = {kind.name: plain for kind in KINDS}
+        answers = await self._send(rate, seconds, seed=8)
+        plain.close()
         for kind in KINDS:
-            alone = [await client.stream(0, prompts.request(kind.prompt, kind.output)) for _ in range(3)]
-            ttft = statistics.median(result.ttft_s for result in alone)
-            tpot = statistics.median(result.tpot_s or 0.0 for result in alone)
-            self.objectives[kind.name] = (slack * ttft, slack * tpot)
+            results = [result for of, result in answers if of is kind and result.ok]
+            ttft = np.percentile([result.ttft_s for result in results], QUANTILE)
+            tpot = np.percentile([result.tpot_s or 0.0 for result in results], QUANTILE)
+            self.objectives[kind.name] = (slack * float(ttft), slack * float(tpot))
             self._connect(kind.name)
-        client.close()
 
     async def run(self, rate: float, seconds: float) -> Outcome:
         """Send Poisson arrivals of both kinds for so long; wait for the last answer."""
-        rng, prompts = np.random.default_rng(1), PromptSource(self._vocab_size, 2)
+        outcome = Outcome(rate, seconds)
+        for kind, result in await self._send(rate, seconds, seed=1):
+            self._account(outcome, kind, result)
+        return outcome
+
+    async def _send(self, rate: float, seconds: float, seed: int) -> list[tuple[Kind, RequestResult]]:
+        rng, prompts = np.random.default_rng(seed), PromptSource(self._vocab_size, seed + 1)
         arrivals = np.cumsum(rng.exponential(1 / rate, int(rate * seconds)))
         kinds = [KINDS[index] for index in rng.choice(len(KINDS), len(arrivals), p=[k.share for k in KINDS])]
         requests = [prompts.request(kind.prompt, kind.output) for kind in kinds]
@@ -145,11 +157,7 @@ class Load:
         for index, (at, kind, request) in enumerate(zip(arrivals, kinds, requests, strict=True)):
             await asyncio.sleep(max(0.0, start + at - time.perf_counter()))
             tasks.append(asyncio.create_task(self.clients[kind.name].stream(index, request)))
-        results = await asyncio.gather(*tasks)
-        outcome = Outcome(rate, seconds)
-        for kind, result in zip(kinds, results, strict=True):
-            self._account(outcome, kind, result)
-        return outcome
+        return list(zip(kinds, await asyncio.gather(*tasks), strict=True))
 
     def _account(self, outcome: Outcome, kind: Kind, result: RequestResult) -> None:
         if result.failure is not None:
@@ -160,23 +168,27 @@ class Load:
             return
         outcome.served += 1
         ttft, tpot = self.objectives[kind.name]
+        outcome.late["ttft"] += result.ttft_s > ttft
+        outcome.late["tpot"] += (result.tpot_s or 0.0) > tpot
         outcome.good += result.ttft_s <= ttft and (result.tpot_s or 0.0) <= tpot
 
 
-def resident_mib(cluster: LocalCluster) -> float:
-    """Return the memory that is the own of the workers, the router and the front end."""
+def usage_of(cluster: LocalCluster) -> Usage:
+    """Return what workers, router, front end and all others take."""
     status = cluster.status()
-    pids = [worker["pid"] for worker in status["workers"]]
-    pids += [status["router"]["pid"], status["frontend"]["pid"]]
-    return sum(psutil.Process(pid).memory_full_info().uss for pid in pids) / 2**20
+    names = {worker["pid"]: worker["role"] for worker in status["workers"]}
+    names |= {status["router"]["pid"]: "router", status["frontend"]["pid"]: "frontend"}
+    return usage(cluster.pid, names)
 
 
 @dataclass
 class Overload:
+    """taken: during the flood. before: it."""
+
     outcome: Outcome
     peak: float
-    before_mib: float
-    after_mib: float
+    before: Usage
+    taken: Usage
 
 
 async def measure(
@@ -189,17 +201,19 @@ async def measure(
     load = Load(cluster, objectives)
     await load.warm_up()
     if objectives is None:
-        await load.calibrate(arguments.slack)
+        await load.calibrate(arguments.calibrate, arguments.seconds, arguments.slack)
     outcomes = [await load.run(rate, arguments.seconds) for rate in arguments.rates]
     if not overload:
         return outcomes, None, load.objectives
     best = max(outcomes, key=lambda outcome: outcome.goodput)
     # The first flood touches every page of the caches for the first time; what grows from then on is a leak.
-    await load.run(arguments.overload * best.rate, arguments.seconds)
-    before = resident_mib(cluster)
-    flood = await load.run(arguments.overload * best.rate, arguments.seconds)
+    rate = arguments.overload * best.goodput
+    await load.run(rate, arguments.seconds)
+    before = usage_of(cluster)
+    flood = await load.run(rate, arguments.seconds)
     await asyncio.sleep(RESOLVE_S)
-    return outcomes, Overload(flood, best.goodput, before, resident_mib(cluster)), load.objectives
+    taken = usage_of(cluster).since(before)
+    return outcomes, Overload(flood, best.goodput, before, taken), load.objectives
 
 
 def rows_of(name: str, outcomes: list[Outcome], overload: Overload | None) -> list[dict[str, Any]]:
@@ -216,22 +230,35 @@ def rows_of(name: str, outcomes: list[Outcome], overload: Overload | None) -> li
                 "served": outcome.served,
                 "shed": len(outcome.shed_s),
                 "failed": sum(outcome.failures.values()),
+                "late": dict(outcome.late),
             }
         )
-    if overload is None:
-        return rows
-    flood, peak = overload.outcome, max(overload.peak, 1e-9)
+    return rows if overload is None else rows + rows_of_overload(name, overload)
+
+
+def rows_of_overload(name: str, overload: Overload) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = []
+    flood, peak, taken = overload.outcome, max(overload.peak, 1e-9), overload.taken
     more: dict[str, tuple[float, str, float]] = {
         "goodput": (flood.goodput, "requests/s within both objectives", KEPT_LIMIT * peak),
-        "growth": (overload.after_mib - overload.before_mib, "MiB", overload.before_mib),
     }
+    for what, grown in taken.memory_mib.items():
+        more[f"growth/{what}"] = (grown, "MiB", overload.before.memory_mib[what])
+    for what, seconds in taken.cpu_s.items():
+        more[f"cpu/{what}"] = (seconds / flood.seconds, "cores", len(os.sched_getaffinity(0)))
     if flood.shed_s:
         more["shed_p50"] = (1e3 * statistics.median(flood.shed_s), "ms", SHED_LIMIT_MS)
         more["shed_p99"] = (1e3 * float(np.percentile(flood.shed_s, 99)), "ms", SHED_LIMIT_MS)
     for what, (value, unit, limit) in more.items():
         row = {"name": f"goodput/{name}/overload/{what}", "value": round(value, 3), "unit": unit, "runs": 1}
-        rows.append({**row, "limit": round(limit, 3), "share": round(value / limit, 3)})
-    rows[-1] |= {"served": flood.served, "shed": len(flood.shed_s), "failed": sum(flood.failures.values())}
+        rows.append({**row, "limit": round(limit, 3), "share": round(value / max(limit, 1e-9), 3)})
+    rows[0] |= {
+        "rate": flood.rate,
+        "served": flood.served,
+        "shed": len(flood.shed_s),
+        "failed": sum(flood.failures.values()),
+        "late": dict(flood.late),
+    }
     return rows
 
 
@@ -240,7 +267,7 @@ def print_table(rows: list[dict[str, Any]], machine: dict[str, Any], console: Co
         title=f"{machine['shape']} on {machine['cpu']}, {machine['cores']} cores", title_justify="left"
     )
     table.add_column("what", no_wrap=True)
-    for column in ("value", "limit", "share", "served", "shed", "failed"):
+    for column in ("value", "limit", "share", "served", "shed", "failed", "late"):
         table.add_column(column, justify="right")
     for row in rows:
         table.add_row(
@@ -249,6 +276,7 @@ def print_table(rows: list[dict[str, Any]], machine: dict[str, Any], console: Co
             f"{row['limit']:.2f}",
             f"{row['share']:.0%}",
             *(str(row.get(name, "")) for name in ("served", "shed", "failed")),
+            " ".join(f"{what} {count}" for what, count in row.get("late", {}).items()),
         )
     console.print(table)
     for kind, (ttft, tpot) in machine["objectives"].items():
@@ -267,9 +295,10 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--rates", type=float, nargs="+", default=[4.0, 8.0, 16.0], help="requests/s")
     parser.add_argument("--seconds", type=float, default=15.0, help="of each rate")
     parser.add_argument(
-        "--slack", type=float, default=3.0, help="objectives over what one request takes alone"
+        "--slack", type=float, default=2.0, help="objectives over what requests take under a moderate load"
     )
-    parser.add_argument("--overload", type=float, default=10.0, help="times the best rate; 0: leave out")
+    parser.add_argument("--calibrate", type=float, default=4.0, help="that load, in requests/s")
+    parser.add_argument("--overload", type=float, default=10.0, help="times the best goodput; 0: leave out")
     parser.add_argument("--chunk", type=int, default=128, help="token budget of a step")
     parser.add_argument("--json", type=Path)
     return parser.parse_args()

@@ -40,11 +40,12 @@ BUNDLED = "bundled"
 
 @dataclass(frozen=True)
 class LocalCluster:
-    """A running `disagg serve`. pids: by worker."""
+    """A running `disagg serve`. pid: its first process, whose descendants are all the others."""
 
     url: str
     log: Path
     vocab_size: int
+    pid: int
 
     def status(self) -> dict[str, Any]:
         answer: dict[str, Any] = httpx.get(f"{self.url}/status", timeout=20, trust_env=False).json()
@@ -93,7 +94,7 @@ def serving(model: Path, settings: Mapping[str, Any]) -> Iterator[LocalCluster]:
         try:
             _wait_ready(process, log)
             vocab_size = json.loads((model / "config.json").read_text())["vocab_size"]
-            yield LocalCluster(f"http://127.0.0.1:{port}", log, vocab_size)
+            yield LocalCluster(f"http://127.0.0.1:{port}", log, vocab_size, process.pid)
         finally:
             _stop(process)
 
