@@ -97,11 +97,18 @@ matchExpressions:
 {{- fail (printf "%s.tensorParallelSize is %d, which needs %s.gpu.enabled=true" $name (int $pool.tensorParallelSize) $name) -}}
 {{- end -}}
 {{- end -}}
+{{- $degree := max (int .Values.prefill.tensorParallelSize) (int .Values.decode.tensorParallelSize) -}}
+{{- if and .Values.model.quantization (gt $degree 1) -}}
+{{- fail (printf "model.quantization=%s needs tensorParallelSize 1 in both pools" .Values.model.quantization) -}}
+{{- end -}}
 {{- if lt (float64 .Values.router.deadAfterSeconds) (mulf 2.0 (float64 .Values.router.heartbeatSeconds)) -}}
 {{- fail "router.deadAfterSeconds must be at least twice router.heartbeatSeconds, or every late report loses a worker" -}}
 {{- end -}}
 {{- if and .Values.autoscaler.enabled (not .Values.ray.autoscaler.enabled) -}}
 {{- fail "autoscaler.enabled needs ray.autoscaler.enabled=true, or no pod comes for a new worker" -}}
+{{- end -}}
+{{- if and .Values.tls.enabled (has .Values.transfer.kvTransport (list "nccl" "nixl")) -}}
+{{- fail (printf "transfer.kvTransport=%s would send KV unencrypted beside tls.enabled=true; use grpc" .Values.transfer.kvTransport) -}}
 {{- end -}}
 {{- if eq .Values.frontend.port .Values.frontend.grpcPort -}}
 {{- fail "frontend.port and frontend.grpcPort must differ" -}}

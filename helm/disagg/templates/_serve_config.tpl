@@ -97,6 +97,19 @@ router:
   max_resumes: {{ $v.router.maxResumes }}
   # The head offers one; it is the one pod that no pool's scaling takes away.
   resources: {disagg_head: 0.01}
+slo:
+  ttft_s: {{ toJson $v.slo.ttftSeconds }}
+  tpot_s: {{ toJson $v.slo.tpotSeconds }}
+{{- with $v.admission }}
+admission:
+  enabled: {{ .enabled }}
+  max_queue: {{ .maxQueue | int64 }}
+  max_wait_s: {{ .maxWaitSeconds }}
+  tier_max_wait_s: {{ toJson .tierMaxWaitSeconds }}
+  backlog_s: {{ .backlogSeconds }}
+  reserve: {{ .reserve }}
+  tenant_weights: {{ toJson .tenantWeights }}
+{{- end }}
 frontend:
   replicas: {{ $v.frontend.replicas }}
   host: "0.0.0.0"

@@ -91,6 +91,18 @@ VARIED: dict[str, dict[str, Any]] = {
             "tmpSize": "1Gi",
         }
     },
+    "objectives and admission": {
+        "slo": {"ttftSeconds": 1, "tpotSeconds": 0.05},
+        "admission": {
+            "maxQueue": 64,
+            "maxWaitSeconds": 5,
+            "tierMaxWaitSeconds": {"flex": 300, "priority": 2.5},
+            "backlogSeconds": 0,
+            "reserve": 0.5,
+            "tenantWeights": {"acme": 3},
+        },
+    },
+    "no admission": {"admission": {"enabled": False}},
     "threads": {"prefill": {"threads": 7, "pinThreads": True, "maxNumBatchedTokens": 4096}},
     "cpu in thousandths": {
         "decode": {"resources": {"requests": {"cpu": "1500m"}, "limits": {"cpu": "2500m"}}}
@@ -255,6 +267,21 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
         "transfer.leaseSeconds: Must be greater than 0",
     ),
     "tls without certificates": ({"tls": {"enabled": True}}, "tls.existingSecret: String length must be"),
+    "kv in the clear beside tls": (
+        {"tls": {"enabled": True, "existingSecret": "certs"}, "transfer": {"kvTransport": "nccl"}},
+        "transfer.kvTransport=nccl would send KV unencrypted beside tls.enabled=true; use grpc",
+    ),
+    "quantized ranks": (
+        {
+            "model": {"quantization": "int8"},
+            "prefill": {"tensorParallelSize": 2, "gpu": {"enabled": True}},
+        },
+        "model.quantization=int8 needs tensorParallelSize 1 in both pools",
+    ),
+    "no queue": ({"admission": {"maxQueue": 0}}, "admission.maxQueue: Must be greater than or equal to 1"),
+    "all in reserve": ({"admission": {"reserve": 1}}, "admission.reserve: Must be less than 1"),
+    "an unknown tier": ({"admission": {"tierMaxWaitSeconds": {"vip": 1}}}, "vip"),
+    "an objective of nothing": ({"slo": {"ttftSeconds": 0}}, "slo.ttftSeconds: Must be greater than 0"),
     "our autoscaler alone": (
         {"autoscaler": {"enabled": True}},
         "autoscaler.enabled needs ray.autoscaler.enabled=true",

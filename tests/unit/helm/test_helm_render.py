@@ -22,7 +22,7 @@ from chart_support import (
 )
 from chart_values import VARIED
 
-from disagg.config import ClusterConfig, parse_config
+from disagg.config import AdmissionConfig, ClusterConfig, SLOConfig, parse_config
 
 _cases = [pytest.param(values, (), id=name) for name, values in VARIED.items()] + [
     pytest.param({}, (path,), id=path.name) for path in EXAMPLES
@@ -168,6 +168,25 @@ def test_each_value_reaches_the_configuration() -> None:
     front = config.frontend
     assert (front.replicas, front.port, front.grpc_port) == (4, 8001, 9001)
     assert (front.max_body_bytes, front.request_timeout_s) == (2048, 30)
+
+
+def test_objectives_and_admission_reach_the_program() -> None:
+    objects = render(VARIED["objectives and admission"])
+    config = parse_config(serve_config(objects)["applications"][0]["args"])
+    assert (config.slo.ttft_s, config.slo.tpot_s) == (1, 0.05)
+    assert config.admission == AdmissionConfig(
+        max_queue=64,
+        max_wait_s=5,
+        tier_max_wait_s={"flex": 300, "priority": 2.5},
+        backlog_s=0,
+        reserve=0.5,
+        tenant_weights={"acme": 3},
+    )
+
+
+def test_the_chart_s_own_objectives_and_admission_are_the_program_s() -> None:
+    config = parse_config(serve_config(render({}))["applications"][0]["args"])
+    assert (config.slo, config.admission) == (SLOConfig(), AdmissionConfig())
 
 
 def test_bounds_of_a_pool_are_those_of_its_group() -> None:
