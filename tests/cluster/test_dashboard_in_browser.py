@@ -108,6 +108,52 @@ async def test_it_says_what_is_wrong() -> None:
         await playwright.expect(page.locator("#answer, #trace").filter(has_text="e").first).to_be_visible()
 
 
+def row(t: int, shed: float = 0.0, **times: float) -> dict[str, Any]:
+    """One period as the cluster tells it, with the usual times where none are given."""
+    parts = {"frontend": 0.01, "queue": 0.02, "prefill": 0.1, "kv_transfer": 0.01, "first_decode": 0.01}
+    parts |= times
+    ttft, tpot = parts["frontend"] + parts["queue"] + parts["prefill"], parts["kv_transfer"] / 4
+    return {
+        **{"t": t, "outcomes": {"stop": 1.0, "shed": shed}, "ttft": [ttft] * 3, "tpot": [tpot] * 3},
+        **{"resumes": 0, "placing": 0, "prompt_tokens": 1, "generation_tokens": 1, "pools": {}, **parts},
+    }
+
+
+SUFFERING: list[tuple[dict[str, float], str]] = [
+    ({}, "all well"),
+    ({"queue": 0.9}, "first tokens are late: queue"),
+    ({"prefill": 0.8, "queue": 0.2}, "first tokens are late: prefill"),
+    ({"frontend": 0.7}, "first tokens are late: front end"),
+    ({"kv_transfer": 2.0, "first_decode": 0.1}, "tokens are slow: KV transfer"),
+    ({"shed": 3.0}, "43 % of requests are shed"),
+    ({"shed": 1.0, "prefill": 0.8}, "20 % of requests are shed; first tokens are late: prefill"),
+]
+
+
+async def test_the_status_names_what_clients_suffer_from() -> None:
+    async with opened() as (page, _):
+        await page.wait_for_selector("#workers tr")
+        now = 10_000
+        data = {
+            **{"now": now, "period_s": 10, "objectives": {"ttft": 0.5, "tpot": 0.1}},
+            **{"model": "m", "version": "1", "num_frontends": 1, "router": {"connected": True}},
+            **{"wanted": {"prefill": 1}, "pools": {"prefill": {"ready": 1}}},
+        }
+        for newest, text in SUFFERING:
+            rows = [row(now - 5 - 10 * back) for back in range(30, 0, -1)] + [row(now - 5, **newest)]
+            script = "data => { drawStatus(data); return $('status').textContent }"
+            shown = await page.evaluate(script, {**data, "history": rows})
+            assert shown.strip() == text
+
+
+async def test_no_line_runs_through_the_time_in_which_a_front_end_was_away() -> None:
+    async with opened() as (page, _):
+        await page.wait_for_selector("#workers tr")
+        data = {"period_s": 10, "history": [row(100), row(110), row(150), row(160)]}
+        times = await page.evaluate("data => filled(data).map((row) => [row.t, row.gap === true])", data)
+        assert times == [[t, t in (120, 130, 140)] for t in range(100, 170, 10)]
+
+
 async def test_text_from_the_cluster_stays_text() -> None:
     async with opened() as (page, _):
         await page.wait_for_selector("#workers tr")

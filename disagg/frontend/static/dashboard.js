@@ -56,11 +56,11 @@ const shown = ([number, unit]) => (unit ? `${number} ${unit}` : number);
 const sum = (values) => values.reduce((total, value) => total + value, 0);
 const clock = (time) => new Date(time * 1000).toLocaleTimeString([], { hour: "2-digit", minute: "2-digit", second: "2-digit" });
 
-/* The largest axis end is the first of 1, 2, 2.5 and 5 times a power of ten that holds all values. */
+/* The end of an axis is the first of these times a power of ten that holds all values. */
 function niceEnd(value) {
   if (!(value > 0)) return 1;
   const power = 10 ** Math.floor(Math.log10(value));
-  return [1, 2, 2.5, 5, 10].find((step) => step * power >= value * 0.999) * power;
+  return [1, 2, 3, 4, 6, 8, 10].find((step) => step * power >= value * 0.999) * power;
 }
 
 /* -- charts ----------------------------------------------------------------------------------------- */
@@ -230,10 +230,21 @@ const charts = {
 
 /* -- the page --------------------------------------------------------------------------------------- */
 
+/* History with a gap where a front end was away, so that no line runs through it. */
+function filled(data) {
+  const rows = [];
+  for (const row of data.history) {
+    const before = rows.at(-1)?.t ?? row.t;
+    for (let t = before + data.period_s; t < row.t; t += data.period_s) rows.push({ t, gap: true });
+    rows.push(row);
+  }
+  return rows;
+}
+
 function drawCharts(data) {
-  const rows = data.history;
+  const rows = filled(data);
   const times = rows.map((row) => row.t);
-  const pick = (read) => rows.map((row) => read(row) ?? null);
+  const pick = (read) => rows.map((row) => (row.gap ? null : (read(row) ?? null)));
   const quantiles = (name) => ["P50", "P90", "P99"].map((label, i) => ({ name: label, style: label.toLowerCase(), values: pick((row) => row[name][i]) }));
   charts.parts.draw(times, PARTS.map(([key, style, name]) => ({ name, style, values: pick((row) => row[key]) })));
   charts.ttft.draw(times, quantiles("ttft"), data.objectives.ttft);
@@ -306,12 +317,45 @@ function drawWorkers(data) {
   $("pools").textContent = pools.map((role) => `${data.pools[role]?.ready ?? 0} of ${data.wanted[role]} ${role} ready`).join(", ");
 }
 
+/* The part that is furthest above its usual time, which is the lower quartile of the minutes before. */
+function culprit(rows, keys) {
+  const grown = keys.map((key) => {
+    const seen = rows.map((row) => row[key]).filter((value) => value !== null).sort((a, b) => a - b);
+    return [(rows.at(-1)[key] ?? 0) - (seen[Math.floor(seen.length / 4)] ?? 0), key];
+  });
+  const [, key] = grown.reduce((a, b) => (b[0] > a[0] ? b : a));
+  return PARTS.find((part) => part[0] === key)[2].toLowerCase().replace("kv", "KV");
+}
+
+/* What clients suffer from that no worker's state tells, the worst first. */
+function complaints(data) {
+  const found = [];
+  const rows = data.history.filter((row) => row.t > data.now - 900);
+  const recent = rows.filter((row) => row.t > data.now - 45);
+  const rate = (names) => sum(recent.map((row) => sum(names.map((name) => row.outcomes[name] ?? 0))));
+  const all = rate(["stop", "length", ...FAILED]);
+  for (const [names, what] of [[["error", "deadline"], "fail"], [["shed"], "are shed"]]) {
+    if (rate(names) > 0.05 * all) found.push(`${shown(percent(rate(names) / all))} of requests ${what}`);
+  }
+  const newest = recent.at(-1);
+  for (const [name, what, keys] of [
+    ["ttft", "first tokens are late", ["frontend", "queue", "prefill"]],
+    ["tpot", "tokens are slow", ["kv_transfer", "first_decode"]],
+  ]) {
+    const late = newest && data.objectives[name] !== null && newest[name][1] > data.objectives[name];
+    if (late) found.push(`${what}: ${culprit(rows, keys)}`);
+  }
+  return found;
+}
+
 function drawStatus(data) {
+  const found = complaints(data);
   const missing = ROLES.filter((role) => data.wanted[role] > 0 && !data.pools[role]?.ready);
   const short = ROLES.filter((role) => (data.pools[role]?.ready ?? 0) < data.wanted[role]);
   if (missing.length) setStatus("bad", `no ${missing.join(" and no ")} worker is ready`);
   else if (!data.router.connected) setStatus("bad", "the router is away");
-  else if (short.length) setStatus("warn", `${short.join(" and ")} pool short of workers`);
+  else if (short.length) setStatus("warn", [`${short.join(" and ")} pool short of workers`, ...found].join("; "));
+  else if (found.length) setStatus("warn", found.join("; "));
   else setStatus("good", "all well");
   $("model").textContent = data.model;
   const frontEnds = data.num_frontends === 1 ? "1 front end" : `${data.num_frontends} front ends`;
