@@ -7,8 +7,6 @@ is fitted as requests come back; with nothing learned yet, predictions stand as 
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from disagg.routing.fit import Fit
 from disagg.routing.types import Prediction
 
@@ -36,13 +34,14 @@ class Calibration:
         tpot_a, tpot_b = _coefficients(self._tpot[local])
         if not raw.fitted or (ttft_a, ttft_b, tpot_a, tpot_b) == (0.0, 1.0, 0.0, 1.0):
             return raw
-        return replace(
-            raw,
+        return Prediction(
             ttft=ttft_a + ttft_b * raw.ttft,
             wait_s=ttft_b * raw.wait_s,
+            stall=raw.stall,
             tpot=tpot_a + tpot_b * raw.tpot,
             later_tpot=tpot_a + tpot_b * raw.later_tpot,
             idle_tpot=tpot_a + tpot_b * raw.idle_tpot,
+            fitted=True,
             raw=raw,
         )
 

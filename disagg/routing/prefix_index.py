@@ -40,6 +40,8 @@ _SWEPT_SHARDS, _SWEPT_ENTRIES = 64, 500
 _RICH_FOR = 256
 # Blocks stored between two looks at the bound.
 _PIECE = 4096
+# Blocks of a prompt that are looked up first; if they are all known, the next are four times as many.
+_LOOKED_UP = 16
 _NOBODY = -1
 _NO_COUNTS: dict[int, int] = {}
 
@@ -259,17 +261,22 @@ class PrefixIndex:
         expected = path[-1][0] if path else 0
         shards, runs = self._shards, []
         last: Holders | None = None
-        depth = 0
-        for depth, holders in enumerate([shards[item & _SHARD].get(item) for item in hashes]):
-            if holders is not last:
-                if depth:
-                    runs.append((depth, () if last is None else last))
-                last = holders
-            if holders is None and depth >= expected:
-                break
-        else:
-            if hashes:
-                runs.append((len(hashes), () if last is None else last))
+        start, width, over = 0, _LOOKED_UP, False
+        while start < len(hashes) and not over:
+            # In pieces: most of a new prompt is known to nobody, and each look-up waits for memory.
+            piece = [shards[item & _SHARD].get(item) for item in hashes[start : start + width]]
+            for depth, holders in enumerate(piece, start):
+                if holders is not last:
+                    if depth:
+                        runs.append((depth, () if last is None else last))
+                    last = holders
+                if holders is None and depth >= expected:
+                    over = True
+                    break
+            start += width
+            width *= 4
+        if hashes and not over:
+            runs.append((len(hashes), () if last is None else last))
         if not path:
             return [(end, holders, _NO_COUNTS) for end, holders in runs]
         return _merged(runs, path)

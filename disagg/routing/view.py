@@ -34,7 +34,7 @@ class _Column:
         self._row = row
 
     def __get__(self, view: ClusterView, owner: type[ClusterView]) -> Floats:
-        return view.columns()[self._row]
+        return (view.columns() if view._stale else view._rows)[self._row]
 
 
 _NUM_COLUMNS = 13
