@@ -127,6 +127,10 @@ class KVLostError(DisaggError):
     grpc_code = "UNAVAILABLE"
 
 
+class KVWithdrawnError(KVLostError):
+    """The peer took blocks back before all were copied, to compute them again: start again when it has."""
+
+
 class LayoutMismatchError(DisaggError):
     """Two workers' KV caches can't exchange blocks; the message says what differs."""
 

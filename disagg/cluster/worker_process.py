@@ -183,6 +183,7 @@ class WorkerProcess:
             resolve=self._membership.resolve,
             tls=self._tls,
             openers=self._transports.openers,
+            on_retry=lambda: worker.note_pulled_again(),
         )
         self._membership.on_change(self._puller.retain)
         self._membership.on_change(self._transports.retain)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import heapq
 import logging
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
 
@@ -27,7 +27,21 @@ DEADLINE_EXCEEDED = "deadline_exceeded"
 # What a client is told to wait when the queue is full, in seconds.
 RETRY_AFTER_S = 1.0
 
-__all__ = ["DEADLINE_EXCEEDED", "Counters", "Engine", "Reservation"]
+__all__ = ["DEADLINE_EXCEEDED", "Counters", "Engine", "Progress", "Reservation"]
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """How far a sequence has come that is to be held.
+
+    epoch: how often its blocks were taken from it. block_ids: those that are whole and computed or, if
+    complete, all that cover its computed tokens: it is held.
+    """
+
+    request_id: str
+    epoch: int
+    block_ids: list[int]
+    complete: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +83,7 @@ class Engine:
         self._scheduler = Scheduler(config, self._pool)
         self._sequences: dict[str, Sequence] = {}
         self._num_held = 0
+        self._progress: dict[str, Progress] = {}
         # A heap with an entry for each request that has a deadline; those of ended ones are dropped lazily.
         self._deadlines: list[tuple[float, str]] = []
 
@@ -79,11 +94,20 @@ class Engine:
 
     # -- requests ----------------------------------------------------------------------------------
 
-    def add(self, request: Request, *, now: float, hold: bool = False, remote_kv: int = 0) -> None:
+    def add(
+        self,
+        request: Request,
+        *,
+        now: float,
+        hold: bool = False,
+        remote_kv: int = 0,
+        awaits_token: bool = False,
+    ) -> None:
         """Queue a request.
 
         hold: after its first token keep its blocks until `release`. remote_kv: a peer will deliver the KV of
-        that many tokens, see take_reservations.
+        that many tokens, see take_reservations. awaits_token: the peer has yet to draw the last token; any
+        that is valid stands in for it until `token_came`.
         Raises InvalidRequestError naming the field, OverloadedError where too many wait; then nothing is
         changed.
         """
@@ -93,6 +117,7 @@ class Engine:
             now=now,
             hold=hold,
             remote_kv=remote_kv,
+            awaits_token=awaits_token,
             hash_root=chain_root(self._hash_model, salt=request.cache_salt),
             max_num_tokens=self._max_num_tokens(request),
             stop_token_ids=self._stop_token_ids(request),
@@ -124,7 +149,7 @@ class Engine:
                 f"remote_kv must be in [0, {num_tokens - 1}], got {remote_kv}", param="remote_kv"
             )
         self._runner.check_request(request)
-        if self._scheduler.waiting.size >= self._config.max_waiting:
+        if self._scheduler.waiting.size + len(self._scheduler.early) >= self._config.max_waiting:
             raise OverloadedError(
                 f"{self._config.max_waiting} requests are waiting", retry_after=RETRY_AFTER_S
             )
@@ -168,6 +193,28 @@ class Engine:
         """Return how many tokens of a request have their KV here. Raises KeyError."""
         return self._sequences[request_id].num_computed_tokens
 
+    # -- holding -----------------------------------------------------------------------------------
+
+    def on_hold_lost(self, callback: Callable[[str], None]) -> None:
+        """Have `callback` called with the id of a request that was added with hold, on the stepping thread,
+        before its blocks can be anybody else's: it was preempted or has ended.
+        """
+        self._scheduler.on_hold_lost = callback
+
+    def take_progress(self) -> list[Progress]:
+        """Return how far requests to be held have come, of those that got on since the last call."""
+        progress = list(self._progress.values())
+        self._progress.clear()
+        return progress
+
+    def _note_progress(self, seq: Sequence) -> None:
+        complete = seq.status is SequenceStatus.HELD
+        whole = seq.num_computed_tokens // self._config.block_size
+        num_blocks = -(-seq.num_computed_tokens // self._config.block_size) if complete else whole
+        self._progress[seq.request_id] = Progress(
+            seq.request_id, seq.num_preemptions, seq.block_table[:num_blocks], complete
+        )
+
     # -- remote KV ---------------------------------------------------------------------------------
 
     def take_reservations(self) -> list[Reservation]:
@@ -178,14 +225,20 @@ class Engine:
         """
         return self._scheduler.take_reservations()
 
+    def token_came(self, request_id: str, token_id: int) -> None:
+        """Give a request the token that it awaits; does nothing where it doesn't (any more)."""
+        seq = self._sequences.get(request_id)
+        if seq is not None and seq.awaits_token:
+            self._scheduler.token_came(seq, token_id)
+
     def activate(self, request_id: str, num_computed_tokens: int, now: float) -> None:
         """Let a receiving request run on.
 
         num_computed_tokens: the leading tokens whose KV is in its blocks now, local hits included. The rest
-        is computed here. Does nothing where the request is not receiving (any more).
+        is computed here. Does nothing where the request is not receiving (any more) or awaits its token.
         """
         seq = self._sequences.get(request_id)
-        if seq is None or seq.status is not SequenceStatus.RECEIVING:
+        if seq is None or seq.status is not SequenceStatus.RECEIVING or seq.awaits_token:
             return
         self._scheduler.activate(seq, num_computed_tokens)
         if seq.request.deadline is not None and seq.request.deadline <= now:
@@ -250,6 +303,8 @@ class Engine:
             self._scheduler.advance(item.seq, item.num_tokens)
             if token is not None:
                 outputs.append(self._append(item.seq, token, now))
+            if item.seq.hold and item.seq.request_id in self._sequences:
+                self._note_progress(item.seq)
         return outputs
 
     def fail(self, batch: Batch, error: str) -> list[StepOutput]:
@@ -294,6 +349,7 @@ class Engine:
         seq.status = SequenceStatus.FINISHED
         seq.finish_reason = reason
         del self._sequences[seq.request_id]
+        self._progress.pop(seq.request_id, None)
 
     def _watch_deadline(self, seq: Sequence) -> None:
         if seq.request.deadline is None:
@@ -324,7 +380,7 @@ class Engine:
         scheduler = self._scheduler
         return WorkerLoad(
             num_running=len(scheduler.running),
-            num_waiting=scheduler.waiting.size + len(scheduler.receiving),
+            num_waiting=scheduler.waiting.size + len(scheduler.receiving) + len(scheduler.early),
             num_held=self._num_held,
             waiting_tokens=scheduler.tokens_to_compute(),
             kv_blocks_used=self._pool.num_used,
@@ -375,7 +431,7 @@ class Engine:
         scheduler = self._scheduler
         counts = Counter(seq.status for seq in self._sequences.values())
         sizes = {
-            SequenceStatus.WAITING: len(scheduler.waiting),
+            SequenceStatus.WAITING: len(scheduler.waiting) + len(scheduler.early),
             SequenceStatus.RECEIVING: len(scheduler.receiving),
             SequenceStatus.RUNNING: len(scheduler.running),
             SequenceStatus.HELD: self._num_held,

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import heapq
 from bisect import insort
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -129,6 +130,10 @@ class WaitingQueue:
         return self._live.get(entry[2]) == entry[1]
 
 
+def _nothing(_request_id: str) -> None:
+    pass
+
+
 class Scheduler:
     """Admits, chunks and preempts. Owns every sequence's blocks until it is told that the sequence ended.
 
@@ -150,6 +155,12 @@ class Scheduler:
         runs), so running ones do not starve beside a stream of arrivals;
       - a received sequence is an ordinary running one: it owns the blocks of its next step already, and
         can be preempted like any other.
+
+    A sequence that awaits its token is early: a peer still computes its KV, and what is done can be copied
+    meanwhile. Such a reservation is a luxury, for which nobody may wait: it is made only when nothing else
+    waits, early ones hold at most a quarter of the pool and of the places together, and one that is not
+    reserved when its token comes joins the others. Whoever reserves early gives back what a peer takes back
+    (its own sequence was preempted), so that an early reservation always ends by a peer's work alone.
     """
 
     def __init__(self, config: EngineConfig, pool: BlockPool) -> None:
@@ -161,6 +172,8 @@ class Scheduler:
         # Each running sequence gets at least one token in each step, or the last ones would starve.
         self._max_num_seqs = min(config.max_num_seqs, config.max_num_batched_tokens)
         self._max_receiving_blocks = pool.capacity // 2
+        self._max_early_blocks = pool.capacity // 4
+        self._max_early = self._max_num_seqs // 4
         self._num_arrived = 0
         self.waiting = WaitingQueue()
         # By rank.
@@ -168,6 +181,10 @@ class Scheduler:
         self.receiving: dict[str, Sequence] = {}
         # How many of these may need more blocks: who is held after the first token never does.
         self.num_growing = 0
+        # Those that await their token and have no blocks yet, in order of arrival.
+        self.early: dict[str, Sequence] = {}
+        # Called with the id of a sequence that was to be held, before its blocks are anybody else's.
+        self.on_hold_lost: Callable[[str], None] = _nothing
         self._reservations: dict[str, Reservation] = {}
         self.num_preemptions = 0
         self.prefix_queries = 0
@@ -180,7 +197,17 @@ class Scheduler:
     def add(self, seq: Sequence) -> None:
         seq.arrival_order = self._num_arrived
         self._num_arrived += 1
-        self._wait(seq)
+        if seq.awaits_token:
+            self.early[seq.request_id] = seq
+        else:
+            self._wait(seq)
+
+    def token_came(self, seq: Sequence, token_id: int) -> None:
+        """Put a token in the place that awaits it. A sequence without blocks waits among the others now."""
+        seq.token_ids[-1] = token_id
+        seq.awaits_token = False
+        if self.early.pop(seq.request_id, None) is not None:
+            self._wait(seq)
 
     def _wait(self, seq: Sequence) -> None:
         seq.status = SequenceStatus.WAITING
@@ -188,7 +215,11 @@ class Scheduler:
 
     def has_work(self) -> bool:
         """Whether `schedule` would start or continue anything as things are now."""
-        return bool(self.running) or (self.waiting.size > 0 and self._fit(self.waiting.peek()) is not None)
+        if self.running:
+            return True
+        if self.waiting.size > 0:
+            return self._fit(self.waiting.peek()) is not None
+        return self._next_early() is not None
 
     # -- one step ----------------------------------------------------------------------------------
 
@@ -211,6 +242,8 @@ class Scheduler:
         # A prompt may have been preempted for a decode a moment ago.
         prefills = [seq for seq in prefills if seq.status is running]
         self._share_out(shares, prefills, self._left_for_prompts(len(shares)), admitting)
+        if admitting:
+            self._reserve_early()
         return _batch(shares, now)
 
     def schedule_beside(self, num_decodes: int, now: float) -> Batch:
@@ -336,6 +369,28 @@ class Scheduler:
         self._run(seq)
         return True
 
+    def _reserve_early(self) -> None:
+        while (found := self._next_early()) is not None:
+            seq, cached = found
+            del self.early[seq.request_id]
+            self._allocate(seq, cached)
+            self.num_growing += not seq.hold
+            self._reserve(seq)
+
+    def _next_early(self) -> tuple[Sequence, list[int]] | None:
+        """Return the sequence to reserve for early now and its cached blocks, None if there is none."""
+        if not self.early or self.waiting.size > 0:
+            return None
+        early = [seq for seq in self.receiving.values() if seq.awaits_token]
+        if len(early) >= self._max_early:
+            return None
+        room = self._max_early_blocks - sum([len(seq.block_table) for seq in early])
+        # Of those that are not too long the first, and no other: who came first is not overtaken for ever.
+        fitting = (seq for seq in self.early.values() if seq.num_tokens <= room * self._block_size)
+        seq = next(fitting, None)
+        cached = None if seq is None else self._fit(seq)
+        return None if seq is None or cached is None else (seq, cached)
+
     def _fit(self, seq: Sequence) -> list[int] | None:
         """Return the cached blocks with which a waiting sequence can be admitted now, None if it can't."""
         if len(self.running) + len(self.receiving) >= self._max_num_seqs:
@@ -392,7 +447,7 @@ class Scheduler:
         covering = seq.block_table[: -(-seq.remote_kv // self._block_size)]
         num_cached = min(seq.num_computed_tokens, len(covering) * self._block_size)
         self._reservations[seq.request_id] = Reservation(seq.request_id, covering, num_cached)
-        if seq.num_computed_tokens >= seq.remote_kv:
+        if seq.num_computed_tokens >= seq.remote_kv and not seq.awaits_token:
             seq.remote_kv = 0
             return True
         seq.status = SequenceStatus.RECEIVING
@@ -423,6 +478,8 @@ class Scheduler:
         if seq.status is SequenceStatus.RUNNING:
             self.running.remove(seq)
             self.num_growing -= not seq.hold
+        elif self.early.pop(seq.request_id, None) is not None:
+            pass
         elif seq.status is SequenceStatus.WAITING:
             self.waiting.remove(seq)
         elif seq.status is SequenceStatus.RECEIVING:
@@ -432,6 +489,8 @@ class Scheduler:
             self._reservations.pop(seq.request_id, None)
 
     def free_blocks(self, seq: Sequence) -> None:
+        if seq.hold:
+            self.on_hold_lost(seq.request_id)
         self._pool.free(seq.block_table)
         seq.block_table = []
 
@@ -458,10 +517,10 @@ class Scheduler:
 
     def tokens_to_compute(self) -> int:
         """Return the tokens still to be computed of everything that waits, receives or runs."""
-        receiving = sum([tokens_to_compute(seq) for seq in self.receiving.values()])
+        pulled = (*self.receiving.values(), *self.early.values())
         # Of who runs nothing is to come from a peer.
         running = sum([len(seq.token_ids) - seq.num_computed_tokens for seq in self.running])
-        return self.waiting.num_tokens + receiving + running
+        return self.waiting.num_tokens + sum([tokens_to_compute(seq) for seq in pulled]) + running
 
 
 def _batch(shares: dict[Sequence, int], now: float) -> Batch:

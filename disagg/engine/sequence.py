@@ -5,7 +5,8 @@
                │  └─remote KV─► RECEIVING ──activate──► RUNNING
                └────preempt─────────┘  └──first token, hold──► HELD ──release──► FINISHED
 
-RECEIVING: blocks are reserved and a peer's KV is being copied into them. HELD: the first token is out, the
+RECEIVING: blocks are reserved and a peer's KV is being copied into them, maybe while the peer still computes
+it; then the token that it draws comes before `activate`. HELD: the first token is out, the
 blocks stay until whoever pulls them is done or the lease ends.
 """
 
@@ -38,12 +39,14 @@ class Sequence:
     the first token. remote_kv: tokens whose KV a peer will deliver before the first step, 0 for none.
     max_num_tokens: length at which it ends at the latest. stop_token_ids: all that end it, EOS included.
     due: when its first token is wanted, on the engine's clock; the order in which sequences are served.
+    awaits_token: the last token is a stand-in for the one that a peer has yet to draw.
     arrival_order: its place among those that are due at once.
     """
 
     __slots__ = (
         "added_at",
         "arrival_order",
+        "awaits_token",
         "block_hashes",
         "block_table",
         "due",
@@ -72,6 +75,7 @@ class Sequence:
         now: float,
         hold: bool = False,
         remote_kv: int = 0,
+        awaits_token: bool = False,
         hash_root: BlockHash = b"",
         max_num_tokens: int = sys.maxsize,
         stop_token_ids: frozenset[int] = frozenset(),
@@ -89,6 +93,7 @@ class Sequence:
         self.finish_reason: FinishReason | None = None
         self.hold = hold
         self.remote_kv = remote_kv
+        self.awaits_token = awaits_token
         self.max_num_tokens = max_num_tokens
         self.stop_token_ids = stop_token_ids
         self.due = now + (DEFAULT_TTFT_S if request.slo_ttft_s is None else request.slo_ttft_s)

@@ -25,6 +25,8 @@ TOKEN_BUCKETS = (
 OTHER_FAILURE = "internal_error"
 TRANSFER_FAILURES = ("kv_lost", "kv_layout_mismatch", OTHER_FAILURE)
 OUTCOMES = ("stop", "length", "abort", "error", "shed", "deadline", "invalid")
+# How a hand-off went on after a failed pull, in the order in which it is tried.
+RECOVERY_RUNGS = ("pull_again", "other_worker", "recompute")
 RESUME_CAUSES = ("worker_lost", "kv_lost")
 
 
@@ -62,6 +64,14 @@ class WorkerMetrics:
         )
         for reason in TRANSFER_FAILURES:
             self._failures.labels(*self._labels, reason)
+        self._recoveries = Counter(
+            "disagg_kv_transfer_recoveries",
+            "Hand-offs that went on after a failed pull, by how.",
+            ("role", "worker", "rung"),
+            registry=self.registry,
+        )
+        for rung in ("pull_again", "recompute"):
+            self._recoveries.labels(*self._labels, rung)
         self._step = Histogram(
             "disagg_engine_step_seconds",
             "Duration of one engine step.",
@@ -108,6 +118,10 @@ class WorkerMetrics:
         """Count a pull that failed. reason: a DisaggError's type."""
         known = reason if reason in TRANSFER_FAILURES else OTHER_FAILURE
         self._failures.labels(*self._labels, known).inc()
+
+    def observe_recovery(self, rung: str) -> None:
+        """Count what came after a failed pull: one of RECOVERY_RUNGS that are a worker's."""
+        self._recoveries.labels(*self._labels, rung).inc()
 
     def observe_step(self, seconds: float) -> None:
         self._step.observe(seconds)
@@ -165,6 +179,11 @@ class FrontendMetrics:
             registry=self.registry,
         )
         self.resumes = self._counter("request_resumes", "Requests continued after a fault.", ("cause",))
+        # Workers count the other rungs.
+        self.recoveries = self._counter(
+            "kv_transfer_recoveries", "Hand-offs that went on after a failed pull, by how.", ("rung",)
+        )
+        self.recoveries.labels("other_worker")
         self.slo = self._counter("slo_attained", "Requests by whether they met an objective.", ("slo", "met"))
         # The router counts its own; a front end adds those that it made while the router was away.
         self.placements = self._counter(

@@ -25,6 +25,7 @@ from disagg.errors import (
     DeadlineExceededError,
     DisaggError,
     InvalidRequestError,
+    KVLostError,
     NoCapacityError,
     OverloadedError,
     WorkerLostError,
@@ -38,7 +39,7 @@ from disagg.service.router_client import RouterClient
 from disagg.service.timeline import Attempt, Timeline, Transfer
 from disagg.service.wire_router import MAX_ID_CHARS
 from disagg.service.worker_pool import RequestStream, WorkerPool
-from disagg.types import FinishReason, KVHandle, Request, StepOutput
+from disagg.types import FinishReason, KVHandle, Request, Role, StepOutput, WorkerStatus
 from disagg.v1 import worker_pb2
 
 T = TypeVar("T")
@@ -74,6 +75,21 @@ class _Story:
     @property
     def num_output_tokens(self) -> int:
         return len(self.tokens) - len(self.request.prompt_token_ids)
+
+
+@dataclass(slots=True)
+class _HandOff:
+    """Published KV on its way to a decode worker. early: the stream of one that was reserved during prefill.
+    received: one has it. tried: those that were lost or could not have it.
+    """
+
+    handle: KVHandle
+    on_prefill: ExitStack
+    on_decode: ExitStack
+    worker_id: str
+    early: RequestStream | None
+    received: bool = False
+    tried: set[str] = field(default_factory=set)
 
 
 class Orchestrator:
@@ -158,7 +174,8 @@ class Orchestrator:
         if len(story.lost) > self._max_resumes:
             raise NoCapacityError(f"gave up after {len(story.lost)} lost workers: {error.message}") from error
 
-    async def _place(self, story: _Story) -> Placement:
+    async def _place(self, story: _Story, *, excluded: tuple[str, ...] | None = None) -> Placement:
+        """excluded: workers not to choose, those that the request has lost unless said otherwise."""
         request = story.request
         root = chain_root(self._model.fingerprint, salt=request.cache_salt)
         hashes = block_hashes(story.tokens, self._model.block_size, root)
@@ -178,11 +195,11 @@ class Orchestrator:
             priority=self._priority(request),
             slo_ttft_s=slo_ttft_s,
             slo_tpot_s=slo_tpot_s,
-            excluded=tuple(story.lost),
+            excluded=tuple(story.lost) if excluded is None else excluded,
             tenant=_tenant_of(request.cache_salt),
             service_tier=request.service_tier,
             timeout_s=max(0.001, story.deadline - asked),
-            resumed=bool(story.lost),
+            resumed=bool(story.lost) or excluded is not None,
         )
         with self._metrics.placing.track_inprogress():
             placement = await self._before_deadline(story, self._router.place(wanted))
@@ -217,8 +234,11 @@ class Orchestrator:
         prefill_id, decode_id = placement.prefill_worker, placement.decode_worker
         key = b"" if prefill_id == decode_id else secrets.token_bytes(wire.KEY_BYTES)
         submit = self._submission(story, hold_key=key, lag_s=placement.lag_s)
-        with ExitStack() as on_prefill:
+        with ExitStack() as on_prefill, ExitStack() as on_decode:
             prefill = on_prefill.enter_context(self._workers.open(prefill_id, submit))
+            incarnation = self._workers.connect(prefill_id).info.incarnation
+            handle = KVHandle(prefill_id, incarnation, submit.request_id, key, len(story.tokens))
+            decode = self._reserve(story, decode_id, handle, on_decode) if key else None
             while True:
                 output = await self._next_output(story, prefill)
                 yield output
@@ -227,29 +247,102 @@ class Orchestrator:
                 if output.held:
                     break
             # The prefill stream stays open until decode has the KV: closing it would end the lease.
-            incarnation = self._workers.connect(prefill_id).info.incarnation
-            handle = KVHandle(prefill_id, incarnation, submit.request_id, key, len(story.tokens) - 1)
-            async with aclosing(self._decode(story, decode_id, handle, on_prefill)) as outputs:
+            hand_off = _HandOff(handle, on_prefill, on_decode, decode_id, decode)
+            async with aclosing(self._hand_off(story, hand_off)) as outputs:
                 async for output in outputs:
                     yield output
 
-    async def _decode(
-        self, story: _Story, worker_id: str, handle: KVHandle, on_prefill: ExitStack
-    ) -> AsyncGenerator[StepOutput, None]:
-        submit = self._submission(story, handle=handle)
+    def _reserve(
+        self, story: _Story, worker_id: str, handle: KVHandle, on_decode: ExitStack
+    ) -> RequestStream | None:
+        """Let decode copy what prefill has done while it does the rest; None where that can't be or needn't.
+
+        The token that prefill draws follows with `proceed`.
+        """
+        limit = story.request.params.max_tokens
+        if limit is not None and story.num_output_tokens + 1 >= limit:
+            return None  # ends with that token
+        gives_up = self._another_decodes({worker_id, handle.worker_id, *story.lost})
+        submit = self._submission(story, handle=handle, awaits_token=True, gives_up=gives_up)
+        try:
+            stream: RequestStream = on_decode.enter_context(self._workers.open(worker_id, submit))
+        except WorkerLostError:
+            return None  # found again when its turn comes
+        return stream
+
+    def _another_decodes(self, but: set[str]) -> bool:
+        return any(
+            state.info.role is not Role.PREFILL
+            and state.status is WorkerStatus.READY
+            and state.info.worker_id not in but
+            for state in self._router.view.workers.values()
+        )
+
+    async def _hand_off(self, story: _Story, hand_off: _HandOff) -> AsyncGenerator[StepOutput, None]:
+        """Go on with the prefilled KV: on the decode worker that was chosen or, where it is lost, full or
+        can't have the KV, on another one while the lease lives. The last one that is tried computes it again.
+        """
+        while True:
+            try:
+                async with aclosing(self._decode(story, hand_off)) as outputs:
+                    async for output in outputs:
+                        yield output
+                return
+            except (WorkerLostError, KVLostError, OverloadedError) as error:
+                if hand_off.received or not await self._try_again(story, hand_off, error):
+                    raise
+
+    async def _try_again(
+        self, story: _Story, hand_off: _HandOff, error: WorkerLostError | KVLostError | OverloadedError
+    ) -> bool:
+        """Choose who decodes instead, while the KV is still published; False where nobody can have it."""
+        prefill_id = hand_off.handle.worker_id
+        hand_off.tried.add(hand_off.worker_id)
+        hand_off.on_decode.close()
+        hand_off.early = None
+        if isinstance(error, WorkerLostError) and error.worker_id == prefill_id:
+            return False
+        if not self._another_decodes({prefill_id, *hand_off.tried, *story.lost}):
+            # One that lives is told to compute what it can't have; a lost one's request is placed anew.
+            return isinstance(error, KVLostError)
+        if isinstance(error, WorkerLostError):
+            self._note_loss(story, error)
+        placement = await self._place(story, excluded=(*story.lost, *hand_off.tried))
+        self._router.prefilled(story.request.request_id)
+        hand_off.worker_id = placement.decode_worker
+        self._metrics.recoveries.labels("other_worker").inc()
+        return True
+
+    async def _decode(self, story: _Story, hand_off: _HandOff) -> AsyncGenerator[StepOutput, None]:
         story.timeline.current.handed_off = self._clock()
-        with self._workers.open(worker_id, submit) as decode:
-            while True:
-                output = await self._next_output(story, decode)
-                on_prefill.close()
-                if not output.token_ids and output.finish_reason is None:
-                    continue  # only the transfer report
-                yield output
-                if output.finish_reason is not None:
-                    return
+        decode = hand_off.early
+        if decode is not None:
+            decode.proceed(story.tokens[-1])
+        else:
+            but = {hand_off.worker_id, hand_off.handle.worker_id, *hand_off.tried, *story.lost}
+            gives_up = not hand_off.tried and self._another_decodes(but)
+            submit = self._submission(story, handle=hand_off.handle, gives_up=gives_up)
+            decode = hand_off.on_decode.enter_context(self._workers.open(hand_off.worker_id, submit))
+        while True:
+            output = await self._next_output(story, decode)
+            if not output.token_ids and output.finish_reason is None:
+                # Only the transfer report: nobody needs what prefill holds any more.
+                hand_off.received = True
+                hand_off.on_prefill.close()
+                continue
+            yield output
+            if output.finish_reason is not None:
+                return
 
     def _submission(
-        self, story: _Story, *, hold_key: bytes = b"", handle: KVHandle | None = None, lag_s: float = 0.0
+        self,
+        story: _Story,
+        *,
+        hold_key: bytes = b"",
+        handle: KVHandle | None = None,
+        awaits_token: bool = False,
+        gives_up: bool = False,
+        lag_s: float = 0.0,
     ) -> worker_pb2.Submit:
         """Return the next attempt under an id of its own: a worker may still be busy ending the last one."""
         story.attempts += 1
@@ -265,7 +358,14 @@ class Orchestrator:
             slo_ttft_s=due_s,
         )
         timeout_s = max(0.001, story.deadline - now)
-        return wire.submit_to_proto(request, timeout_s=timeout_s, hold_key=hold_key, handle=handle)
+        return wire.submit_to_proto(
+            request,
+            timeout_s=timeout_s,
+            hold_key=hold_key,
+            handle=handle,
+            awaits_token=awaits_token,
+            gives_up=gives_up,
+        )
 
     async def _next_output(self, story: _Story, stream: RequestStream) -> StepOutput:
         """Wait for a worker's next word. Raises its typed error, WorkerLostError or DeadlineExceededError."""
@@ -313,9 +413,10 @@ class Orchestrator:
         attempt = story.timeline.current
         attempt.kv_ready = self._clock()
         attempt.transfer = Transfer(
-            report.transport, report.bytes, report.seconds, report.recomputed, report.reason
+            report.transport, report.bytes, report.exposed_s, report.recomputed, report.reason
         )
-        self._metrics.exposed.observe(report.seconds)
+        if not report.recomputed:
+            self._metrics.exposed.observe(report.exposed_s)
         if report.recomputed:
             self._metrics.resumes.labels("kv_lost").inc()
 

@@ -106,6 +106,8 @@ def submit_to_proto(
     timeout_s: float = 0.0,
     hold_key: bytes = b"",
     handle: KVHandle | None = None,
+    awaits_token: bool = False,
+    gives_up: bool = False,
 ) -> worker_pb2.Submit:
     message = worker_pb2.Submit(
         request_id=request.request_id,
@@ -117,6 +119,8 @@ def submit_to_proto(
         cache_salt=request.cache_salt,
         hold_key=hold_key,
         slo_ttft_s=request.slo_ttft_s or 0.0,
+        awaits_token=awaits_token,
+        gives_up=gives_up,
     )
     if handle is not None:
         message.handle.CopyFrom(handle_to_proto(handle))
@@ -213,7 +217,12 @@ def error_to_proto(request_id: str, error: DisaggError) -> worker_pb2.SequenceOu
 
 _ERRORS: dict[str, type[DisaggError]] = {
     cls.__name__: cls
-    for cls in (errors.InvalidRequestError, errors.NoCapacityError, errors.DeadlineExceededError)
+    for cls in (
+        errors.InvalidRequestError,
+        errors.NoCapacityError,
+        errors.DeadlineExceededError,
+        errors.KVLostError,
+    )
 }
 
 

@@ -22,11 +22,12 @@ from typing import Any, Protocol
 import grpc
 import grpc.aio
 
-from disagg.engine.engine import Engine, Reservation
+from disagg.engine.engine import Engine, Progress, Reservation
 from disagg.errors import DisaggError, InvalidRequestError, KVLostError, LayoutMismatchError
 from disagg.hashing import BlockHash
 from disagg.service import wire
 from disagg.service.metrics import WorkerMetrics
+from disagg.service.receiver import Incoming, KVPuller, KVReceiver
 from disagg.types import KVHandle, Request, Role, StepOutput, WorkerInfo, WorkerLoad, WorkerStatus
 from disagg.v1 import worker_pb2, worker_pb2_grpc
 
@@ -38,49 +39,28 @@ DRAIN_QUIET_S = 0.5
 Context = grpc.aio.ServicerContext[Any, Any]
 
 
-class PullResult(Protocol):
-    """What a pull moved; `seconds` is the copy alone."""
-
-    @property
-    def transport(self) -> str: ...
-    @property
-    def num_bytes(self) -> int: ...
-    @property
-    def seconds(self) -> float: ...
-
-
 class KVPublisher(Protocol):
     """The side of a hand-off that computed the KV. num_expired: leases that ran out so far."""
 
     @property
     def num_expired(self) -> int: ...
 
-    def publish(self, request_id: str, key: bytes, block_ids: Sequence[int], num_tokens: int) -> KVHandle:
-        """Open a lease. The owner is told once, through its callback, when the blocks are free again."""
+    def open(self, request_id: str, key: bytes, num_tokens: int) -> KVHandle:
+        """Open a lease on KV that is yet to be computed. The owner is told once, through its callback, when
+        it has ended. Raises InvalidRequestError.
+        """
+        ...
+
+    def progress(self, request_id: str, epoch: int, block_ids: Sequence[int], *, complete: bool) -> None:
+        """Let peers read what is computed by now; from `complete` on only the lease keeps the blocks."""
+        ...
+
+    def withdraw(self, request_id: str) -> None:
+        """Let nobody read a request's blocks, from now on; on any thread."""
         ...
 
     def drop(self, request_id: str) -> None:
         """End a lease from the owner's side."""
-        ...
-
-
-class KVPuller(Protocol):
-    """The side of a hand-off that goes on."""
-
-    def keep_alive(self, handle: KVHandle) -> None:
-        """Renew the lease in the background until it is pulled or let go."""
-        ...
-
-    async def let_go(self, handle: KVHandle) -> None:
-        """Stop renewing a lease that will not be pulled, and tell its owner."""
-        ...
-
-    async def pull(self, handle: KVHandle, first_block: int, local_block_ids: Sequence[int]) -> PullResult:
-        """Copy blocks and end the lease. Raises KVLostError or LayoutMismatchError; then nothing counts."""
-        ...
-
-    async def probe(self, worker_id: str) -> str:
-        """Exercise a hand-off from a peer; return the transport's name. Raises as pull does."""
         ...
 
 
@@ -114,12 +94,13 @@ class _Tracked:
     """What the loop knows of a request inside the engine."""
 
     session: _Session
-    arrived: float
-    hold_key: bytes = b""
-    handle: KVHandle | None = None
-    pull: asyncio.Task[None] | None = None
-    pull_begun: bool = False
     published: bool = False
+    incoming: Incoming | None = None
+
+    @property
+    def receiving(self) -> bool:
+        """Whether its KV is still on its way."""
+        return self.incoming is not None and not (self.incoming.task is None or self.incoming.task.done())
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,7 +108,7 @@ class _StepReport:
     """What one step hands from the engine thread to the loop."""
 
     outputs: list[StepOutput]
-    held: dict[str, tuple[list[int], int]]
+    progress: list[Progress]
     reservations: list[Reservation]
     load: WorkerLoad
     step_s: float | None
@@ -152,9 +133,8 @@ class Worker(worker_pb2_grpc.WorkerServicer):
     ) -> None:
         self.info = info
         self._on_engine_thread = on_engine_thread
-        self._on_pulled = on_pulled
-        self._num_pulling = 0
         self._engine = engine
+        engine.on_hold_lost(publisher.withdraw)
         self._publisher = publisher
         self._puller = puller
         self._reporter = reporter
@@ -163,6 +143,7 @@ class Worker(worker_pb2_grpc.WorkerServicer):
         self._loop = asyncio.get_running_loop()
         self._commands: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run_engine, name="engine", daemon=True)
+        self._receiver = KVReceiver(self, puller, info.block_size, lambda: self._metrics, on_pulled)
         self._tracked: dict[str, _Tracked] = {}
         self._tasks: set[asyncio.Task[Any]] = set()
         # Set while no request is here in any state, published KV included.
@@ -217,9 +198,15 @@ class Worker(worker_pb2_grpc.WorkerServicer):
         self._to_loop(self._set_stopped, error)
 
     def on_lease_ended(self, request_id: str) -> None:
-        """Give the blocks of published KV back; the publisher calls this once per lease, on the loop."""
+        """Give the blocks of published KV back, if it has any by now; the publisher calls this once per
+        lease, on the loop.
+        """
         self._forget(request_id)
-        self._commands.put(lambda: _ignore(self._engine.release(request_id)))
+        self.abort(request_id)
+
+    def note_pulled_again(self) -> None:
+        """Count a pull that the puller tries once more."""
+        self._metrics.observe_recovery("pull_again")
 
     # -- engine thread ---------------------------------------------------------------------------
 
@@ -260,19 +247,15 @@ class Worker(worker_pb2_grpc.WorkerServicer):
 
     def _step_report(self, outputs: list[StepOutput], step_s: float | None = None) -> _StepReport:
         events = self._engine.block_events()
-        held = {output.request_id: self._held_blocks(output.request_id) for output in outputs if output.held}
         return _StepReport(
             outputs=outputs,
-            held=held,
+            progress=self._engine.take_progress(),
             reservations=self._engine.take_reservations(),
             load=self._engine.load(),
             step_s=step_s,
             stored=list(events.stored),
             removed=list(events.removed),
         )
-
-    def _held_blocks(self, request_id: str) -> tuple[list[int], int]:
-        return self._engine.held_blocks(request_id), self._engine.num_computed_tokens(request_id)
 
     def _to_loop(self, function: Callable[..., None], *args: object) -> None:
         try:
@@ -294,9 +277,11 @@ class Worker(worker_pb2_grpc.WorkerServicer):
     def _after_step(self, report: _StepReport) -> None:
         # Reservations first: one that needed no copy runs already, and may even have ended in this step.
         for reservation in report.reservations:
-            self._begin_pull(reservation)
+            self._reserved(reservation)
         for output in report.outputs:
-            self._forward(output, report.held.get(output.request_id))
+            self._forward(output)
+        for step in report.progress:
+            self._publisher.progress(step.request_id, step.epoch, step.block_ids, complete=step.complete)
         self.load = report.load
         self._metrics.observe_engine(report.load, self._engine_counters())
         if report.step_s is not None:
@@ -307,21 +292,23 @@ class Worker(worker_pb2_grpc.WorkerServicer):
         counters = self._engine.counters
         return counters.prefix_queries, counters.prefix_hits, counters.preemptions
 
-    def _forward(self, output: StepOutput, held: tuple[list[int], int] | None) -> None:
+    def _forward(self, output: StepOutput) -> None:
         tracked = self._tracked.get(output.request_id)
         if tracked is None:
             # Cancelled while the step ran; its abort is on the queue, and so is the release of held blocks.
             return
-        if held is not None:
-            block_ids, num_tokens = held
-            self._publisher.publish(output.request_id, tracked.hold_key, block_ids, num_tokens)
-            tracked.published = True
         tracked.session.outbox.put_nowait(wire.output_to_proto(output))
         if output.finish_reason is not None:
-            if tracked.handle is not None and not tracked.pull_begun:
-                # It ended before its blocks were pulled (a deadline, a failed batch): nobody will now.
-                self._spawn(self._puller.let_go(tracked.handle))
-            self._forget(output.request_id)
+            self._leave(output.request_id, tracked)
+
+    def _leave(self, request_id: str, tracked: _Tracked) -> None:
+        """Forget a request that the engine has not, or not any more."""
+        self._forget(request_id)
+        if tracked.published:
+            # Nothing will be held: it ended with its first token, a deadline or an error.
+            self._publisher.drop(request_id)
+        if tracked.receiving:
+            self._spawn(self._stop_receiving(tracked))
 
     def _forget(self, request_id: str) -> None:
         tracked = self._tracked.pop(request_id, None)
@@ -338,23 +325,34 @@ class Worker(worker_pb2_grpc.WorkerServicer):
             handle = wire.handle_from_proto(message.handle) if message.HasField("handle") else None
             if request.request_id in self._tracked:
                 raise InvalidRequestError("request_id is in use", param="request_id")
-            if handle is not None and handle.num_tokens >= len(request.token_ids):
+            if message.awaits_token and handle is None:
+                raise InvalidRequestError("awaits_token without a handle", param="awaits_token")
+            if handle is not None and handle.num_tokens >= len(request.token_ids) + message.awaits_token:
                 raise InvalidRequestError("handle covers more than the request's tokens", param="handle")
+            if message.hold_key and handle is None:
+                self._publisher.open(request.request_id, message.hold_key, len(request.token_ids))
         except DisaggError as error:
             session.outbox.put_nowait(wire.error_to_proto(message.request_id, error))
             return
-        tracked = _Tracked(session, self._clock(), hold_key=message.hold_key, handle=handle)
-        self._tracked[request.request_id] = tracked
+        tracked = self._tracked[request.request_id] = _Tracked(session)
         self._idle.clear()
         session.requests.add(request.request_id)
         if handle is not None:
-            self._puller.keep_alive(handle)
-        remote_kv = handle.num_tokens if handle is not None else 0
-        self._commands.put(lambda: self._add(request, bool(message.hold_key), remote_kv))
+            tracked.incoming = self._receiver.incoming(
+                request, handle, awaits_token=message.awaits_token, gives_up=message.gives_up
+            )
+            tracked.incoming.task = self._spawn(self._receive(tracked, tracked.incoming))
+            return
+        tracked.published = bool(message.hold_key)
+        self._commands.put(lambda: self._add(request, hold=tracked.published))
 
-    def _add(self, request: Request, hold: bool, remote_kv: int) -> None:
+    def _add(
+        self, request: Request, *, hold: bool = False, remote_kv: int = 0, awaits_token: bool = False
+    ) -> None:
         try:
-            self._engine.add(request, now=self._clock(), hold=hold, remote_kv=remote_kv)
+            self._engine.add(
+                request, now=self._clock(), hold=hold, remote_kv=remote_kv, awaits_token=awaits_token
+            )
         except DisaggError as error:
             self._to_loop(self._refuse, request.request_id, error)
 
@@ -362,35 +360,52 @@ class Worker(worker_pb2_grpc.WorkerServicer):
         tracked = self._tracked.get(request_id)
         if tracked is None:
             return
+        if tracked.incoming is not None:
+            self._receiver.refused(tracked.incoming, error)
+            return
         tracked.session.outbox.put_nowait(wire.error_to_proto(request_id, error))
-        if tracked.handle is not None:
-            self._spawn(self._puller.let_go(tracked.handle))
-        self._forget(request_id)
+        self._leave(request_id, tracked)
+
+    def _proceed(self, message: worker_pb2.Proceed) -> None:
+        tracked = self._tracked.get(message.request_id)
+        if tracked is not None and tracked.incoming is not None:
+            self._receiver.token_came(tracked.incoming, message.token_id)
 
     def _cancel(self, request_id: str) -> None:
         tracked = self._tracked.get(request_id)
         if tracked is None:
             return
         if tracked.published:
-            # Ends the lease, which releases the blocks.
+            # Ends the lease, which aborts the request and so frees its blocks.
             self._publisher.drop(request_id)
             return
-        self._forget(request_id)
-        if tracked.pull is not None:
-            self._spawn(self._abort_after(tracked.pull, request_id))
-            return
-        if tracked.handle is not None:
-            self._spawn(self._puller.let_go(tracked.handle))
-        self._abort(request_id)
+        if not tracked.receiving:
+            self.abort(request_id)
+        self._leave(request_id, tracked)
 
-    def _abort(self, request_id: str) -> None:
+    async def _stop_receiving(self, tracked: _Tracked) -> None:
+        """Free a receiving request's blocks once nobody writes into them any more, and let its peer go."""
+        incoming = tracked.incoming
+        if incoming is None or incoming.task is None:
+            return
+        incoming.task.cancel()
+        await asyncio.gather(incoming.task, return_exceptions=True)
+        self.abort(incoming.request_id)
+        await self._puller.let_go(incoming.handle)
+
+    # -- loop side: the engine's commands ------------------------------------------------------------
+
+    def add(self, request: Request, *, remote_kv: int, awaits_token: bool) -> None:
+        self._commands.put(lambda: self._add(request, remote_kv=remote_kv, awaits_token=awaits_token))
+
+    def abort(self, request_id: str) -> None:
         self._commands.put(lambda: _ignore(self._engine.abort(request_id)))
 
-    async def _abort_after(self, pull: asyncio.Task[None], request_id: str) -> None:
-        """Free a receiving request's blocks only once nobody writes into them any more."""
-        pull.cancel()
-        await asyncio.gather(pull, return_exceptions=True)
-        self._abort(request_id)
+    def token_came(self, request_id: str, token_id: int) -> None:
+        self._commands.put(lambda: self._engine.token_came(request_id, token_id))
+
+    def activate(self, request_id: str, num_computed_tokens: int) -> None:
+        self._commands.put(lambda: self._engine.activate(request_id, num_computed_tokens, self._clock()))
 
     def _spawn(self, coroutine: Any) -> asyncio.Task[Any]:
         task = self._loop.create_task(coroutine)
@@ -400,41 +415,27 @@ class Worker(worker_pb2_grpc.WorkerServicer):
 
     # -- loop side: hand-off -----------------------------------------------------------------------
 
-    def _begin_pull(self, reservation: Reservation) -> None:
+    def _reserved(self, reservation: Reservation) -> None:
         tracked = self._tracked.get(reservation.request_id)
-        if tracked is None or tracked.handle is None:
+        if tracked is None or tracked.incoming is None or tracked.incoming.reserved is None:
             return  # cancelled meanwhile; the abort is on the queue
-        tracked.pull_begun = True
-        tracked.pull = self._spawn(self._receive(reservation, tracked, tracked.handle))
+        if not tracked.incoming.reserved.done():
+            tracked.incoming.reserved.set_result(reservation)
 
-    async def _receive(self, reservation: Reservation, tracked: _Tracked, handle: KVHandle) -> None:
-        """Fill reserved blocks from the peer, or leave them to be recomputed; then let the request run."""
-        request_id = reservation.request_id
-        first_block = reservation.num_cached_tokens // self.info.block_size
-        report = worker_pb2.TransferReport(local_tokens=reservation.num_cached_tokens)
-        began, others = self._clock(), self._num_pulling
-        self._num_pulling += 1
+    async def _receive(self, tracked: _Tracked, incoming: Incoming) -> None:
+        request_id = incoming.request_id
         try:
-            result = await self._puller.pull(handle, first_block, reservation.block_ids[first_block:])
+            await self._receiver.receive(incoming)
         except Exception as error:
-            # Whatever went wrong, the tokens are known: a defect in a transport costs time, not the request.
-            expected = isinstance(error, KVLostError | LayoutMismatchError)
-            logger.warning("%s: KV not received, recomputing: %s", request_id, error, exc_info=not expected)
-            num_computed = reservation.num_cached_tokens
-            report.recomputed = True
-            report.reason = error.type if isinstance(error, DisaggError) else "internal_error"
-            self._metrics.observe_failed_pull(report.reason)
-        else:
-            num_computed = handle.num_tokens
-            report.transport, report.bytes = result.transport, result.num_bytes
-            self._metrics.observe_pull(result.transport, result.num_bytes, result.seconds)
-            self._on_pulled(self._clock() - began, num_computed - reservation.num_cached_tokens, others)
-        finally:
-            self._num_pulling -= 1
-        tracked.pull = None
-        report.seconds = self._clock() - tracked.arrived
-        tracked.session.outbox.put_nowait(worker_pb2.SequenceOutput(request_id=request_id, transfer=report))
-        self._commands.put(lambda: self._engine.activate(request_id, num_computed, self._clock()))
+            if not isinstance(error, DisaggError):
+                logger.exception("request %s: its hand-off failed", request_id)
+                error = DisaggError(f"the hand-off failed: {type(error).__name__}")
+            self.abort(request_id)
+            tracked.session.outbox.put_nowait(wire.error_to_proto(request_id, error))
+            self._forget(request_id)
+            return
+        output = worker_pb2.SequenceOutput(request_id=request_id, transfer=incoming.report)
+        tracked.session.outbox.put_nowait(output)
 
     # -- gRPC --------------------------------------------------------------------------------------
 
@@ -470,6 +471,9 @@ class Worker(worker_pb2_grpc.WorkerServicer):
         async for message in messages:
             if message.HasField("submit"):
                 self._submit(session, message.submit)
+            elif message.HasField("proceed"):
+                if message.proceed.request_id in session.requests:
+                    self._proceed(message.proceed)
             elif message.cancel.request_id in session.requests:
                 self._cancel(message.cancel.request_id)
 

@@ -44,6 +44,10 @@ class RequestStream:
         self._ended = item.finish_reason != 0
         return item
 
+    def proceed(self, token_id: int) -> None:
+        """Give the worker the token that the request awaits."""
+        self._connection.proceed(self.request_id, token_id)
+
     def close(self) -> None:
         """Cancel the request on the worker unless it has ended there."""
         self._connection.detach(self.request_id, cancel=not self._ended)
@@ -74,6 +78,10 @@ class WorkerConnection:
         self._streams[message.request_id] = stream
         self._outbox.put_nowait(worker_pb2.SessionRequest(submit=message))
         return stream
+
+    def proceed(self, request_id: str, token_id: int) -> None:
+        message = worker_pb2.Proceed(request_id=request_id, token_id=token_id)
+        self._outbox.put_nowait(worker_pb2.SessionRequest(proceed=message))
 
     def detach(self, request_id: str, *, cancel: bool) -> None:
         self._streams.pop(request_id, None)

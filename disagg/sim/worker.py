@@ -351,6 +351,8 @@ class SimWorker:
                 self._late = []
 
     def _after_step(self, outputs: list[StepOutput]) -> None:
+        # Links follow a prefill by its times, see links.py, not by its blocks.
+        self.engine.take_progress()
         self._report_reservations()
         for output in outputs:
             self._listener.on_output(self, output)

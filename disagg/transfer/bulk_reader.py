@@ -73,13 +73,26 @@ class BulkReader:
         self._idle.append(await self._open())
 
     async def read(
-        self, handle: KVHandle, first_block: int, target: Blocks, target_rows: Sequence[int]
+        self,
+        handle: KVHandle,
+        first_block: int,
+        target: Blocks,
+        target_rows: Sequence[int],
+        *,
+        source_rows: Sequence[int] = (),
+        epoch: int = 0,
     ) -> None:
+        request = worker_pb2.PullRequest(
+            handle=handle_to_proto(handle),
+            first_block=first_block,
+            num_blocks=len(target_rows),
+            epoch=epoch,
+        )
         async with self._slots:
             sock = self._take_idle() or await self._open()
             self._busy.add(sock)
             try:
-                await self._receive(sock, handle, first_block, target, target_rows)
+                await self._receive(sock, request, target, target_rows)
             except BaseException:
                 sock.close()
                 raise
@@ -154,17 +167,15 @@ class BulkReader:
     async def _receive(
         self,
         sock: socket.socket,
-        handle: KVHandle,
-        first_block: int,
+        request: worker_pb2.PullRequest,
         target: Blocks,
         target_rows: Sequence[int],
     ) -> None:
-        request = worker_pb2.PullRequest(handle=handle_to_proto(handle), first_block=first_block)
         try:
             await send_all(sock, encode_request(request))
             sock.settimeout(self._timeout_s)
             receiving = asyncio.get_running_loop().run_in_executor(
-                self._executor, receive_blocks, sock, first_block, target, target_rows
+                self._executor, receive_blocks, sock, request.first_block, target, target_rows
             )
             await to_its_end(receiving, lambda: shut(sock))
             sock.settimeout(0)

@@ -41,9 +41,9 @@ from disagg.v1 import worker_pb2
 
 logger = logging.getLogger(__name__)
 
-# Returns the segment's rows that a handle claims from the given block on, or raises KVLostError. Called on
-# sending threads, so it may only read.
-Claim = Callable[[worker_pb2.KVHandle, int], Sequence[int]]
+# Returns the segment's rows that a request is still to get from the given block on, or raises KVLostError.
+# Called on sending threads, so it may only read.
+Claim = Callable[[worker_pb2.PullRequest, int], Sequence[int]]
 
 MAX_STREAMS = 1024
 # Sends that run at once; more wait. Two cores are busy with two, the rest is for peers that read slowly.
@@ -209,7 +209,7 @@ class BulkServer:
         position = request.first_block
         while True:
             try:
-                rows = self._claim(request.handle, position)
+                rows = self._claim(request, position)
             except KVLostError:
                 yield Frame(FrameKind.REFUSED), ()
                 return

@@ -19,6 +19,10 @@ class DamagedKVError(KVLostError):
     """Blocks came that are not those that were sent. The lease still lives: pulling again may help."""
 
 
+class PeerUnreachableError(KVLostError):
+    """The peer could not be asked at all. Its lease may live: asking again may help."""
+
+
 async def answered(call: Awaitable[Response]) -> Response:
     """Await a unary call. Raises KVLostError where its answer can't be parsed, which gRPC gives as None."""
     response: Response | None = await call
@@ -55,4 +59,6 @@ def _lost(worker_id: str, error: grpc.aio.AioRpcError) -> KVLostError | LayoutMi
     message = f"{worker_id}: {error.code().name}: {error.details()}"
     if error.code() is grpc.StatusCode.FAILED_PRECONDITION:
         return LayoutMismatchError(message)
+    if error.code() is grpc.StatusCode.UNAVAILABLE:
+        return PeerUnreachableError(message)
     return KVLostError(message)

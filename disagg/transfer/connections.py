@@ -212,7 +212,7 @@ class Connections:
         if not 0 < response.num_blocks < MAX_PEER_BLOCKS:
             raise KVLostError(f"the peer says that it has {response.num_blocks} blocks")
         segment = map_peer(response.segment, response.num_blocks, self._layout.block_bytes)
-        return SharedMemoryReader(reached.stub, self.metadata, segment, self._executor)
+        return SharedMemoryReader(segment, self._executor)
 
     def retain(self, alive: Collection[Peer]) -> None:
         """Forget every peer that is not in `alive`: calls to it end, its memory is unmapped."""

@@ -77,7 +77,12 @@ class GroupReader:
         source_rows: Sequence[int] = (),
         epoch: int = 0,
     ) -> None:
-        pull = worker_pb2.PullRequest(handle=handle_to_proto(handle), first_block=first_block)
+        pull = worker_pb2.PullRequest(
+            handle=handle_to_proto(handle),
+            first_block=first_block,
+            num_blocks=len(target_rows),
+            epoch=epoch,
+        )
         async with self._turn:
             group = await self._joined()
             try:

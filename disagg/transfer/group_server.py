@@ -136,7 +136,7 @@ class GroupServer(reads_pb2_grpc.KVGroupsServicer):
         sending: asyncio.Future[None] | None = None
         try:
             # Looked up anew for each part: the lease may end in between.
-            while rows := self._claim(pull.handle, position):
+            while rows := self._claim(pull, position):
                 buffer = group.buffers[turn % len(group.buffers)]
                 rows = rows[: buffer.capacity]
                 checksum = await asyncio.get_running_loop().run_in_executor(

@@ -93,7 +93,7 @@ class NixlReader:
         if len(rows) != len(target_rows) or not all(0 <= row < self._num_rows for row in rows):
             raise KVLostError("the peer located other blocks than the handle covers")
         await self.meet()
-        pull = worker_pb2.PullRequest(handle=handle_to_proto(handle), first_block=first_block)
+        pull = worker_pb2.PullRequest(handle=handle_to_proto(handle), first_block=first_block, epoch=epoch)
         try:
             async with self._assisted(pull):
                 await self._read_parts(rows, target, target_rows)
@@ -231,7 +231,7 @@ class NixlServer(reads_pb2_grpc.NixlReadsServicer):
     ) -> NoReturn:
         loop = asyncio.get_running_loop()
         try:
-            self._claim(request.pull.handle, request.pull.first_block)
+            self._claim(request.pull, request.pull.first_block)
             while True:
                 await loop.run_in_executor(self._executor, self._agent.progress)
                 await asyncio.sleep(ASSIST_NAP_S)

@@ -16,7 +16,7 @@ import grpc.aio
 import numpy as np
 
 from disagg.errors import KVLostError
-from disagg.transfer.calls import DamagedKVError, answered
+from disagg.transfer.calls import DamagedKVError
 from disagg.transfer.segment import Blocks, PeerSegment
 from disagg.transfer.threads import to_its_end
 from disagg.transfer.wire import handle_to_proto
@@ -38,10 +38,18 @@ class BlockReader(Protocol):
         ...
 
     async def read(
-        self, handle: KVHandle, first_block: int, target: Blocks, target_rows: Sequence[int]
+        self,
+        handle: KVHandle,
+        first_block: int,
+        target: Blocks,
+        target_rows: Sequence[int],
+        *,
+        source_rows: Sequence[int] = (),
+        epoch: int = 0,
     ) -> None:
         """Copy the handle's blocks from `first_block` on into rows of `target`, uint8 [n, block_bytes].
 
+        source_rows: where the peer said that they are, for who maps its memory. epoch: in which it said so.
         Raises KVLostError unless as many came as there are rows; what was written until then means nothing.
         When this returns or raises, cancellation included, nothing is being written any more.
         """
@@ -57,24 +65,21 @@ class SharedMemoryReader:
 
     transport = "shm"
 
-    def __init__(
-        self,
-        stub: worker_pb2_grpc.KVTransferAsyncStub,
-        metadata: Metadata,
-        segment: PeerSegment,
-        executor: Executor,
-    ) -> None:
-        self._stub = stub
-        self._metadata = metadata
+    def __init__(self, segment: PeerSegment, executor: Executor) -> None:
         self._segment = segment
         self._executor = executor
 
     async def read(
-        self, handle: KVHandle, first_block: int, target: Blocks, target_rows: Sequence[int]
+        self,
+        handle: KVHandle,
+        first_block: int,
+        target: Blocks,
+        target_rows: Sequence[int],
+        *,
+        source_rows: Sequence[int] = (),
+        epoch: int = 0,
     ) -> None:
-        request = worker_pb2.LocateRequest(handle=handle_to_proto(handle), first_block=first_block)
-        response = await answered(self._stub.Locate(request, metadata=self._metadata))
-        source, rows = self._segment.rows, list(response.block_ids)
+        source, rows = self._segment.rows, list(source_rows)
         if len(rows) != len(target_rows) or not all(0 <= row < len(source) for row in rows):
             raise KVLostError("the peer located other blocks than the handle covers")
         stop = threading.Event()
@@ -134,9 +139,21 @@ class StreamReader:
         self._block_bytes = block_bytes
 
     async def read(
-        self, handle: KVHandle, first_block: int, target: Blocks, target_rows: Sequence[int]
+        self,
+        handle: KVHandle,
+        first_block: int,
+        target: Blocks,
+        target_rows: Sequence[int],
+        *,
+        source_rows: Sequence[int] = (),
+        epoch: int = 0,
     ) -> None:
-        request = worker_pb2.PullRequest(handle=handle_to_proto(handle), first_block=first_block)
+        request = worker_pb2.PullRequest(
+            handle=handle_to_proto(handle),
+            first_block=first_block,
+            num_blocks=len(target_rows),
+            epoch=epoch,
+        )
         call: grpc.aio.UnaryStreamCall[worker_pb2.PullRequest, worker_pb2.PullChunk] = self._stub.Pull(
             request, metadata=self._metadata
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
 import zlib
@@ -34,6 +35,8 @@ logger = logging.getLogger(__name__)
 Context = grpc.aio.ServicerContext[Any, Any]
 
 MAX_RENEWALS = 100_000
+# A puller that waits for blocks is answered at the latest after this time, so that each knows of the other.
+MAX_WAIT_S = 2.0
 _STATUS = {
     KVLostError: grpc.StatusCode.NOT_FOUND,
     LayoutMismatchError: grpc.StatusCode.FAILED_PRECONDITION,
@@ -71,13 +74,16 @@ class KVTransferService(worker_pb2_grpc.KVTransferServicer):
         self._on_released = on_released
         self._clock = clock
         self._leases = LeaseTable(lease_s)
+        self._loop = asyncio.get_running_loop()
+        # Of what somebody waits for; each is set and removed when there is news.
+        self._news: dict[str, asyncio.Event] = {}
         self._timer: asyncio.TimerHandle | None = None
         self._host_id = host_id()
         self._bulk = BulkServer(
             segment.rows,
             (worker_id, incarnation),
             secret,
-            self._claimed_rows,
+            self._requested_rows,
             None if tls is None else tls.server,
         )
         self._bulk_port = 0
@@ -95,7 +101,7 @@ class KVTransferService(worker_pb2_grpc.KVTransferServicer):
     @property
     def claim(self) -> Claim:
         """Which rows of the segment a peer's request may read."""
-        return self._claimed_rows
+        return self._requested_rows
 
     def offer(
         self,
@@ -119,6 +125,30 @@ class KVTransferService(worker_pb2_grpc.KVTransferServicer):
         self._leases.publish(request_id, key, block_ids, num_tokens, self._clock())
         self._arm()
         return KVHandle(self._worker_id, self._incarnation, request_id, key, num_tokens)
+
+    def open(self, request_id: str, key: bytes, num_tokens: int) -> KVHandle:
+        """Open a lease on KV of `num_tokens` tokens that is yet to be computed; see `progress`.
+
+        Raises as `publish` does. on_released is called however it ends.
+        """
+        check_published(request_id, key)
+        self._leases.open(request_id, key, num_tokens)
+        self._tell(request_id)
+        return KVHandle(self._worker_id, self._incarnation, request_id, key, num_tokens)
+
+    def progress(self, request_id: str, epoch: int, block_ids: Sequence[int], *, complete: bool) -> None:
+        """Let peers read what is computed by now. epoch: how often `withdraw` was called for it before."""
+        if self._leases.progress(request_id, epoch, block_ids, complete=complete, now=self._clock()):
+            self._arm()
+            self._tell(request_id)
+
+    def withdraw(self, request_id: str) -> None:
+        """Let nobody read a request's blocks until `progress` says which they are now; on any thread, before
+        they are used for anything else. What is read of them at this moment is not taken for right.
+        """
+        if self._leases.withdraw(request_id):
+            with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
+                self._loop.call_soon_threadsafe(self._tell, request_id)
 
     def drop(self, request_id: str) -> None:
         """End a request's lease, if it has one, from the owner's side."""
@@ -153,7 +183,13 @@ class KVTransferService(worker_pb2_grpc.KVTransferServicer):
             self._give_back(request_id)
         self._arm()
 
+    def _tell(self, request_id: str) -> None:
+        news = self._news.pop(request_id, None)
+        if news is not None:
+            news.set()
+
     def _give_back(self, request_id: str) -> None:
+        self._tell(request_id)
         try:
             self._on_released(request_id)
         except Exception:
@@ -187,11 +223,50 @@ class KVTransferService(worker_pb2_grpc.KVTransferServicer):
         return response
 
     async def Locate(self, request: worker_pb2.LocateRequest, context: Context) -> worker_pb2.LocateResponse:
+        deadline = self._clock() + min(MAX_WAIT_S, request.wait_s)
         try:
-            rows = self._claimed_rows(request.handle, request.first_block)
+            while (answer := self._located(request)) is None:
+                left = deadline - self._clock()
+                if left <= 0:
+                    # Unknown until now is no such lease; known without news is an answer.
+                    answer = self._located(request, patient=False)
+                    break
+                await self._wait_for_news(request.handle.request_id, left)
         except KVLostError as error:
             await _refuse(context, error)
-        return worker_pb2.LocateResponse(block_ids=rows)
+        return answer or worker_pb2.LocateResponse()
+
+    def _located(
+        self, request: worker_pb2.LocateRequest, *, patient: bool = True
+    ) -> worker_pb2.LocateResponse | None:
+        """Return what a puller wants to know, None where it may wait for it. Raises KVLostError."""
+        handle = self._claim(request.handle)
+        if handle == self._probe:
+            return worker_pb2.LocateResponse(block_ids=[self._segment.num_blocks], complete=True)
+        patient = patient and request.wait_s > 0
+        if patient and not self._leases.has(handle.request_id):
+            # The puller may have heard of a request before its prefill worker did.
+            return None
+        current = self._leases.lookup(handle, self._clock()).current
+        if current.complete or not patient:
+            rows = self._from(current.block_ids, request.first_block, complete=current.complete)
+        elif current.epoch == request.epoch and len(current.block_ids) <= request.first_block:
+            return None
+        else:
+            rows = current.block_ids[request.first_block :]
+        return worker_pb2.LocateResponse(block_ids=rows, epoch=current.epoch, complete=current.complete)
+
+    async def _wait_for_news(self, request_id: str, seconds: float) -> None:
+        news = self._news.setdefault(request_id, asyncio.Event())
+        try:
+            async with asyncio.timeout(seconds):
+                await news.wait()
+        except TimeoutError:
+            pass
+        finally:
+            # Also where the puller is gone. Others that wait for the same news are woken once too often.
+            if self._news.get(request_id) is news:
+                self._tell(request_id)
 
     async def Pull(
         self, request: worker_pb2.PullRequest, context: Context
@@ -201,7 +276,7 @@ class KVTransferService(worker_pb2_grpc.KVTransferServicer):
             while total is None or position < total:
                 # Looked up anew for each chunk and read without a pause: the lease may end in between, and
                 # from then on the blocks are somebody else's.
-                rows = self._claimed_rows(request.handle, position)
+                rows = self._requested_rows(request, position)
                 total = position + len(rows)
                 if rows:
                     yield self._chunk(position, rows[: self._blocks_per_chunk])
@@ -217,15 +292,28 @@ class KVTransferService(worker_pb2_grpc.KVTransferServicer):
             checksums=[zlib.crc32(block) for block in blocks],
         )
 
-    def _claimed_rows(self, message: worker_pb2.KVHandle, first_block: int) -> Sequence[int]:
-        """Return the segment's rows that a handle claims, from the given block on. Raises KVLostError."""
-        handle = self._claim(message)
-        rows: Sequence[int]
+    def _requested_rows(self, request: worker_pb2.PullRequest, position: int) -> Sequence[int]:
+        """Return the segment's rows that a pull is still to send, from block `position` on.
+
+        Raises KVLostError. Only reads, so that sending threads may call it.
+        """
+        handle = self._claim(request.handle)
         if handle == self._probe:
-            rows = (self._segment.num_blocks,)
-        else:
-            rows = self._leases.lookup(handle, self._clock()).block_ids
-        if not 0 <= first_block <= len(rows):
+            return self._from((self._segment.num_blocks,), position, complete=True)
+        current = self._leases.lookup(handle, self._clock()).current
+        if current.epoch != request.epoch:
+            raise KVLostError("the blocks were taken back")
+        rows = current.block_ids
+        if request.num_blocks:
+            end = request.first_block + request.num_blocks
+            if not 0 <= request.num_blocks <= len(rows) - request.first_block:
+                raise KVLostError(f"num_blocks must be in [0, {len(rows) - request.first_block}]")
+            rows = rows[:end]
+        return self._from(rows, position, complete=True)
+
+    @staticmethod
+    def _from(rows: Sequence[int], first_block: int, *, complete: bool) -> Sequence[int]:
+        if first_block < 0 or (complete and first_block > len(rows)):
             raise KVLostError(f"first_block must be in [0, {len(rows)}], got {first_block}")
         return rows[first_block:]
 
@@ -259,7 +347,7 @@ class KVTransferService(worker_pb2_grpc.KVTransferServicer):
             handle = self._claim(request.handle)
         except KVLostError:
             return worker_pb2.ReleaseResponse(valid=False)
-        valid = self._leases.release(handle, self._clock())
+        valid = self._leases.release(handle, request.epoch, self._clock())
         if valid:
             self._give_back(handle.request_id)
         return worker_pb2.ReleaseResponse(valid=valid)

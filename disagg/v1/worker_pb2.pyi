@@ -25,21 +25,25 @@ class SessionRequest(_message.Message):
 
     SUBMIT_FIELD_NUMBER: _builtins.int
     CANCEL_FIELD_NUMBER: _builtins.int
+    PROCEED_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def submit(self) -> Global___Submit: ...
     @_builtins.property
     def cancel(self) -> Global___Cancel: ...
+    @_builtins.property
+    def proceed(self) -> Global___Proceed: ...
     def __init__(
         self,
         *,
         submit: Global___Submit | None = ...,
         cancel: Global___Cancel | None = ...,
+        proceed: Global___Proceed | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["cancel", b"cancel", "kind", b"kind", "submit", b"submit"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["cancel", b"cancel", "kind", b"kind", "proceed", b"proceed", "submit", b"submit"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cancel", b"cancel", "kind", b"kind", "submit", b"submit"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cancel", b"cancel", "kind", b"kind", "proceed", b"proceed", "submit", b"submit"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["submit", "cancel"]  # noqa: Y015
+    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["submit", "cancel", "proceed"]  # noqa: Y015
     _WhichOneofArgType_kind: _TypeAlias = _typing.Literal["kind", b"kind"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_kind) -> _WhichOneofReturnType_kind | None: ...
 
@@ -59,6 +63,8 @@ class Submit(_message.Message):
     HOLD_KEY_FIELD_NUMBER: _builtins.int
     HANDLE_FIELD_NUMBER: _builtins.int
     SLO_TTFT_S_FIELD_NUMBER: _builtins.int
+    AWAITS_TOKEN_FIELD_NUMBER: _builtins.int
+    GIVES_UP_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     num_prompt_tokens: _builtins.int
     priority: _builtins.int
@@ -69,6 +75,12 @@ class Submit(_message.Message):
     """Keep the KV after the first token and publish it under this key."""
     slo_ttft_s: _builtins.float
     """Seconds from now in which the first token is wanted, 0 for no objective: what is due first is served first."""
+    awaits_token: _builtins.bool
+    """With `handle`: the peer still computes the KV, and the token after `token_ids` comes with Proceed."""
+    gives_up: _builtins.bool
+    """With `handle`: where the KV can't be had, end with KVLostError instead of computing it again. The lease is
+    left for another worker.
+    """
     @_builtins.property
     def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
     @_builtins.property
@@ -90,14 +102,40 @@ class Submit(_message.Message):
         hold_key: _builtins.bytes = ...,
         handle: Global___KVHandle | None = ...,
         slo_ttft_s: _builtins.float = ...,
+        awaits_token: _builtins.bool = ...,
+        gives_up: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["handle", b"handle", "params", b"params"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cache_salt", b"cache_salt", "handle", b"handle", "hold_key", b"hold_key", "num_prompt_tokens", b"num_prompt_tokens", "params", b"params", "priority", b"priority", "request_id", b"request_id", "slo_ttft_s", b"slo_ttft_s", "timeout_s", b"timeout_s", "token_ids", b"token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["awaits_token", b"awaits_token", "cache_salt", b"cache_salt", "gives_up", b"gives_up", "handle", b"handle", "hold_key", b"hold_key", "num_prompt_tokens", b"num_prompt_tokens", "params", b"params", "priority", b"priority", "request_id", b"request_id", "slo_ttft_s", b"slo_ttft_s", "timeout_s", b"timeout_s", "token_ids", b"token_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Submit: _TypeAlias = Submit  # noqa: Y015
+
+@_typing.final
+class Proceed(_message.Message):
+    """The token that a request submitted with `awaits_token` was waiting for."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    TOKEN_ID_FIELD_NUMBER: _builtins.int
+    request_id: _builtins.str
+    token_id: _builtins.int
+    def __init__(
+        self,
+        *,
+        request_id: _builtins.str = ...,
+        token_id: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["request_id", b"request_id", "token_id", b"token_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Proceed: _TypeAlias = Proceed  # noqa: Y015
 
 @_typing.final
 class KVHandle(_message.Message):
@@ -252,13 +290,16 @@ class TransferReport(_message.Message):
     SECONDS_FIELD_NUMBER: _builtins.int
     LOCAL_TOKENS_FIELD_NUMBER: _builtins.int
     REASON_FIELD_NUMBER: _builtins.int
+    EXPOSED_S_FIELD_NUMBER: _builtins.int
     recomputed: _builtins.bool
     transport: _builtins.str
     bytes: _builtins.int
     seconds: _builtins.float
-    """From the request's arrival to its blocks being ready."""
+    """Spent on moving blocks, without waiting for them to be computed."""
     local_tokens: _builtins.int
     reason: _builtins.str
+    exposed_s: _builtins.float
+    """Of `seconds`, what was left after prefill had ended."""
     def __init__(
         self,
         *,
@@ -268,10 +309,11 @@ class TransferReport(_message.Message):
         seconds: _builtins.float = ...,
         local_tokens: _builtins.int = ...,
         reason: _builtins.str = ...,
+        exposed_s: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["bytes", b"bytes", "local_tokens", b"local_tokens", "reason", b"reason", "recomputed", b"recomputed", "seconds", b"seconds", "transport", b"transport"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bytes", b"bytes", "exposed_s", b"exposed_s", "local_tokens", b"local_tokens", "reason", b"reason", "recomputed", b"recomputed", "seconds", b"seconds", "transport", b"transport"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -573,7 +615,13 @@ class LocateRequest(_message.Message):
 
     HANDLE_FIELD_NUMBER: _builtins.int
     FIRST_BLOCK_FIELD_NUMBER: _builtins.int
+    WAIT_S_FIELD_NUMBER: _builtins.int
+    EPOCH_FIELD_NUMBER: _builtins.int
     first_block: _builtins.int
+    wait_s: _builtins.float
+    """How long to wait for a block from `first_block` on, for the lease to be opened, or for another epoch."""
+    epoch: _builtins.int
+    """The last that the puller heard of."""
     @_builtins.property
     def handle(self) -> Global___KVHandle: ...
     def __init__(
@@ -581,10 +629,12 @@ class LocateRequest(_message.Message):
         *,
         handle: Global___KVHandle | None = ...,
         first_block: _builtins.int = ...,
+        wait_s: _builtins.float = ...,
+        epoch: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["handle", b"handle"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["first_block", b"first_block", "handle", b"handle"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "first_block", b"first_block", "handle", b"handle", "wait_s", b"wait_s"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -595,16 +645,26 @@ class LocateResponse(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     BLOCK_IDS_FIELD_NUMBER: _builtins.int
+    EPOCH_FIELD_NUMBER: _builtins.int
+    COMPLETE_FIELD_NUMBER: _builtins.int
+    epoch: _builtins.int
+    """How often the owner took blocks back, see disagg/transfer/leases.py."""
+    complete: _builtins.bool
+    """All that will ever come is there."""
     @_builtins.property
-    def block_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
+    def block_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Of the blocks that are computed, from first_block on."""
+
     def __init__(
         self,
         *,
         block_ids: _abc.Iterable[_builtins.int] | None = ...,
+        epoch: _builtins.int = ...,
+        complete: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_ids", b"block_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_ids", b"block_ids", "complete", b"complete", "epoch", b"epoch"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -616,7 +676,13 @@ class PullRequest(_message.Message):
 
     HANDLE_FIELD_NUMBER: _builtins.int
     FIRST_BLOCK_FIELD_NUMBER: _builtins.int
+    NUM_BLOCKS_FIELD_NUMBER: _builtins.int
+    EPOCH_FIELD_NUMBER: _builtins.int
     first_block: _builtins.int
+    num_blocks: _builtins.int
+    """0: all that are there."""
+    epoch: _builtins.int
+    """As Locate said; refused if it is another now."""
     @_builtins.property
     def handle(self) -> Global___KVHandle: ...
     def __init__(
@@ -624,10 +690,12 @@ class PullRequest(_message.Message):
         *,
         handle: Global___KVHandle | None = ...,
         first_block: _builtins.int = ...,
+        num_blocks: _builtins.int = ...,
+        epoch: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["handle", b"handle"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["first_block", b"first_block", "handle", b"handle"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "first_block", b"first_block", "handle", b"handle", "num_blocks", b"num_blocks"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -707,16 +775,20 @@ class ReleaseRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     HANDLE_FIELD_NUMBER: _builtins.int
+    EPOCH_FIELD_NUMBER: _builtins.int
+    epoch: _builtins.int
+    """In which the last blocks were copied."""
     @_builtins.property
     def handle(self) -> Global___KVHandle: ...
     def __init__(
         self,
         *,
         handle: Global___KVHandle | None = ...,
+        epoch: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["handle", b"handle"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["handle", b"handle"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "handle", b"handle"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

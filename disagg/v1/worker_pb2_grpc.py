@@ -244,7 +244,7 @@ class KVTransferServicer:
         raise NotImplementedError('Method not implemented!')
 
     def Locate(self, request, context):
-        """Blocks of a lease, for a peer that maps this worker's cache itself.
+        """Which blocks of a lease are computed; waits for more. One that maps this worker's cache copies them itself.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -265,7 +265,7 @@ class KVTransferServicer:
         raise NotImplementedError('Method not implemented!')
 
     def Release(self, request, context):
-        """Ends a lease. `valid` says that it was never interrupted, so what was copied until now is right.
+        """Ends a complete lease. `valid` says that what was copied in this epoch until now is right.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -100,13 +100,13 @@ class KVTransferStub:
     Connect: _grpc.UnaryUnaryMultiCallable[_worker_pb2.ConnectRequest, _worker_pb2.ConnectResponse]
     """Agrees on layout and transport once per pair and incarnation."""
     Locate: _grpc.UnaryUnaryMultiCallable[_worker_pb2.LocateRequest, _worker_pb2.LocateResponse]
-    """Blocks of a lease, for a peer that maps this worker's cache itself."""
+    """Which blocks of a lease are computed; waits for more. One that maps this worker's cache copies them itself."""
     Pull: _grpc.UnaryStreamMultiCallable[_worker_pb2.PullRequest, _worker_pb2.PullChunk]
     """Blocks of a lease as bytes, many a message."""
     Renew: _grpc.UnaryUnaryMultiCallable[_worker_pb2.RenewRequest, _worker_pb2.RenewResponse]
     """Keeps leases alive."""
     Release: _grpc.UnaryUnaryMultiCallable[_worker_pb2.ReleaseRequest, _worker_pb2.ReleaseResponse]
-    """Ends a lease. `valid` says that it was never interrupted, so what was copied until now is right."""
+    """Ends a complete lease. `valid` says that what was copied in this epoch until now is right."""
 
 @_typing.type_check_only
 class KVTransferAsyncStub(KVTransferStub):
@@ -116,13 +116,13 @@ class KVTransferAsyncStub(KVTransferStub):
     Connect: _aio.UnaryUnaryMultiCallable[_worker_pb2.ConnectRequest, _worker_pb2.ConnectResponse]  # type: ignore[assignment]
     """Agrees on layout and transport once per pair and incarnation."""
     Locate: _aio.UnaryUnaryMultiCallable[_worker_pb2.LocateRequest, _worker_pb2.LocateResponse]  # type: ignore[assignment]
-    """Blocks of a lease, for a peer that maps this worker's cache itself."""
+    """Which blocks of a lease are computed; waits for more. One that maps this worker's cache copies them itself."""
     Pull: _aio.UnaryStreamMultiCallable[_worker_pb2.PullRequest, _worker_pb2.PullChunk]  # type: ignore[assignment]
     """Blocks of a lease as bytes, many a message."""
     Renew: _aio.UnaryUnaryMultiCallable[_worker_pb2.RenewRequest, _worker_pb2.RenewResponse]  # type: ignore[assignment]
     """Keeps leases alive."""
     Release: _aio.UnaryUnaryMultiCallable[_worker_pb2.ReleaseRequest, _worker_pb2.ReleaseResponse]  # type: ignore[assignment]
-    """Ends a lease. `valid` says that it was never interrupted, so what was copied until now is right."""
+    """Ends a complete lease. `valid` says that what was copied in this epoch until now is right."""
 
 class KVTransferServicer(metaclass=_abc_1.ABCMeta):
     """A peer's view of a worker: published KV. Nothing in a message names an address or a size that is trusted."""
@@ -141,7 +141,7 @@ class KVTransferServicer(metaclass=_abc_1.ABCMeta):
         request: _worker_pb2.LocateRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_worker_pb2.LocateResponse, _abc.Awaitable[_worker_pb2.LocateResponse]]:
-        """Blocks of a lease, for a peer that maps this worker's cache itself."""
+        """Which blocks of a lease are computed; waits for more. One that maps this worker's cache copies them itself."""
 
     @_abc_1.abstractmethod
     def Pull(
@@ -165,6 +165,6 @@ class KVTransferServicer(metaclass=_abc_1.ABCMeta):
         request: _worker_pb2.ReleaseRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_worker_pb2.ReleaseResponse, _abc.Awaitable[_worker_pb2.ReleaseResponse]]:
-        """Ends a lease. `valid` says that it was never interrupted, so what was copied until now is right."""
+        """Ends a complete lease. `valid` says that what was copied in this epoch until now is right."""
 
 def add_KVTransferServicer_to_server(servicer: KVTransferServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

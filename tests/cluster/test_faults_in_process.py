@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from typing import Any
 
 import pytest
 
@@ -132,14 +133,14 @@ async def test_expired_lease_means_recomputation_not_wrong_tokens(counting: list
     async with running_cluster() as cluster:
         expected = await ask(cluster, counting[:100], max_tokens=20)
         publisher = cluster.workers["prefill-0"]._publisher
-        original = publisher.publish
+        original = publisher.progress
 
-        def publish_and_drop(request_id: str, *args: object) -> object:
-            handle = original(request_id, *args)
-            publisher.drop(request_id)
-            return handle
+        def progress_and_drop(request_id: str, *args: Any, complete: bool) -> None:
+            original(request_id, *args, complete=complete)
+            if complete:
+                publisher.drop(request_id)
 
-        publisher.publish = publish_and_drop
+        publisher.progress = progress_and_drop  # type: ignore[method-assign]
         answer = await ask(cluster, counting[:100], max_tokens=20, cache_salt="lost")
         assert answer.token_ids == expected.token_ids
         exposition = (await cluster.gateway.metrics()).decode()

@@ -292,7 +292,7 @@ async def owner_of(
         await server.close()
 
 
-def everything(_handle: worker_pb2.KVHandle, first_block: int) -> Sequence[int]:
+def everything(_request: worker_pb2.PullRequest, first_block: int) -> Sequence[int]:
     return range(4)[first_block:]
 
 
@@ -393,12 +393,12 @@ async def test_a_lease_that_ends_between_two_frames(
         loop = asyncio.get_running_loop()
         original = node.service._bulk._claim
 
-        def claim(handle: worker_pb2.KVHandle, first_block: int) -> Sequence[int]:
+        def claim(request: worker_pb2.PullRequest, first_block: int) -> Sequence[int]:
             if first_block == 4 and end == "drop":
                 asyncio.run_coroutine_threadsafe(dropped(), loop).result(5)
             elif first_block == 4:
                 now[0] = 5.0
-            return original(handle, first_block)
+            return original(request, first_block)
 
         async def dropped() -> None:
             node.service.drop("r")

@@ -34,7 +34,7 @@ def assert_lost(table: LeaseTable, handle: KVHandle, now: float) -> None:
         table.lookup(handle, now)
     with pytest.raises(KVLostError):
         table.renew(handle, now)
-    assert table.release(handle, now) is False
+    assert table.release(handle, 0, now) is False
 
 
 def test_live_lease_is_found_with_its_blocks(table: LeaseTable) -> None:
@@ -55,7 +55,7 @@ def test_publish_twice_is_refused_and_changes_nothing(table: LeaseTable) -> None
 
 def test_live_to_released(table: LeaseTable) -> None:
     handle = opened(table)
-    assert table.release(handle, 1.0) is True
+    assert table.release(handle, 0, 1.0) is True
     assert_lost(table, handle, 1.0)
     assert table.drop("r") is False
     assert table.sweep(100.0) == []
@@ -137,7 +137,7 @@ def test_every_reason_for_a_refusal_reads_the_same(table: LeaseTable) -> None:
         with pytest.raises(KVLostError) as caught:
             table.lookup(claim, 1.0)
         messages.add(caught.value.message)
-        assert table.release(claim, 1.0) is False
+        assert table.release(claim, 0, 1.0) is False
     assert len(messages) == 1
     assert table.lookup(handle, 1.0)
 
@@ -198,13 +198,13 @@ class Histories(RuleBasedStateMachine):
     @rule(handle=handles)
     def release(self, handle: KVHandle) -> None:
         live = self._is_live(handle)
-        assert self.table.release(handle, self.now) is live
+        assert self.table.release(handle, 0, self.now) is live
         if live:
             self._end(handle.request_id)
 
     @rule(handle=consumes(handles))
     def forge(self, handle: KVHandle) -> None:
-        assert self.table.release(replace(handle, key=secrets.token_bytes(16)), self.now) is False
+        assert self.table.release(replace(handle, key=secrets.token_bytes(16)), 0, self.now) is False
 
     @rule(name=st.sampled_from("abc"))
     def drop(self, name: str) -> None:
