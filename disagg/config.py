@@ -38,6 +38,11 @@ KVTransport = Literal["auto", "shm", "grpc", "nccl", "nixl"]
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 Quantization = Literal["int8", "int4"]
 Kernels = Literal["auto", "native", "triton", "torch"]
+Device = Literal["auto", "cpu", "cuda"]
+
+# KV cache where none is asked for: bytes on a CPU, a share of what weights leave free on a GPU.
+CPU_KV_CACHE_BYTES = 256 * 1024 * 1024
+GPU_KV_CACHE_SHARE = 0.9
 
 
 _Positive = Annotated[float, Field(gt=0)]
@@ -90,24 +95,35 @@ class EngineConfig(_Frozen):
 
     max_num_batched_tokens: token budget of one step, over which prompts are chunked. max_prefill_tokens: that
     of prompts in a step in which streams decode too (they wait for the whole step), None for no other.
-    kv_cache_memory: bytes if an int of at least 2, a fraction of the machine's (or GPU's) memory if a float
-    up to 1. num_kv_blocks: overrides it; tests use it to force preemption. kernels: what computes; auto is
-    native on a CPU, triton on a GPU, and torch where those can't.
+    kv_cache_memory: bytes if an int of at least 2, a fraction if a float up to 1: of the machine's free
+    memory, or of what a GPU has left beside the weights; None is CPU_KV_CACHE_BYTES, or GPU_KV_CACHE_SHARE.
+    num_kv_blocks: overrides it; tests use it to force preemption. device: what computes; auto is a GPU where
+    the worker has one and the rest can use it. kernels: with what; auto is native on a CPU, triton on a GPU,
+    and torch where those can't.
     """
 
     block_size: int = Field(16, ge=1, le=1024)
     max_num_seqs: int = Field(64, ge=1)
     max_num_batched_tokens: int = Field(512, ge=1)
     max_prefill_tokens: int | None = Field(None, ge=1)
-    kv_cache_memory: int | float = 256 * 1024 * 1024
+    kv_cache_memory: int | float | None = None
     num_kv_blocks: int | None = Field(None, ge=2)
     enable_prefix_caching: bool = True
     max_waiting: int = Field(4096, ge=1)
+    device: Device = "auto"
     kernels: Kernels = "auto"
+
+    def kv_cache_budget(self, *, on_gpu: bool) -> int | float:
+        """Return kv_cache_memory, or what stands for it where it is not given."""
+        if self.kv_cache_memory is not None:
+            return self.kv_cache_memory
+        return GPU_KV_CACHE_SHARE if on_gpu else CPU_KV_CACHE_BYTES
 
     @field_validator("kv_cache_memory")
     @classmethod
-    def _positive(cls, value: int | float) -> int | float:
+    def _positive(cls, value: int | float | None) -> int | float | None:
+        if value is None:
+            return None
         if value <= 0 or (isinstance(value, float) and value > 1 and not value.is_integer()):
             raise ValueError("give bytes (a whole number) or a fraction in (0, 1]")
         return int(value) if value > 1 else float(value)
@@ -121,7 +137,7 @@ class PoolConfig(_Frozen):
     their own where so many are free. max_num_batched_tokens, max_prefill_tokens: as in engine, over it; a
     decode pool has DECODE_POOL_PREFILL_TOKENS unless told otherwise. min_replicas, max_replicas: bounds of
     the autoscaler, which are replicas where they are None. num_cpus, num_gpus, resources: that Ray reserves
-    for each worker, all its ranks together, on one node.
+    for each worker, all its ranks together, on one node; for num_gpus 0 see cluster/gpus.py.
     """
 
     replicas: int = Field(1, ge=0, le=10_000)
@@ -161,12 +177,17 @@ class AutoscalerConfig(_Frozen):
 
 
 class TransferConfig(_Frozen):
-    """Hand-off. lease_s: how long published KV outlives the last sign of life of whoever is to pull it."""
+    """Hand-off. lease_s: how long published KV outlives the last sign of life of whoever is to pull it.
+
+    staging_memory: bytes of host memory through which a GPU's KV blocks pass where they go by shm or grpc,
+    half of it for those that leave. KV of a prompt that does not fit is computed again.
+    """
 
     kv_transport: KVTransport = "auto"
     lease_s: float = Field(5.0, gt=0)
     pull_timeout_s: float = Field(10.0, gt=0)
     chunk_bytes: int = Field(2 * 1024 * 1024, ge=4096)
+    staging_memory: int = Field(4 * 1024**3, ge=4096)
 
 
 class TLSConfig(_Frozen):

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import importlib.metadata
+import importlib.util
 import os
 import platform
 import shutil
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import typer
 from rich.console import Console
@@ -51,7 +54,7 @@ def inspect_machine() -> Iterator[Finding]:
     yield Finding("free memory", free > 2 * 2**30, f"{free / 2**30:.1f} GiB; a local cluster takes about 2")
     disk = shutil.disk_usage("/tmp").free
     yield Finding("space in /tmp", disk > 2**30, f"{disk / 2**30:.0f} GiB; Ray logs there")
-    yield _gpu()
+    yield from _gpus()
 
 
 def _package(name: str, *, needed: bool) -> Finding:
@@ -61,12 +64,38 @@ def _package(name: str, *, needed: bool) -> Finding:
         return Finding(name, False if needed else None, "not installed" + ("" if needed else " (optional)"))
 
 
-def _gpu() -> Finding:
+def _gpus() -> Iterator[Finding]:
     try:
         import torch
     except ImportError:
-        return Finding("GPU", None, "unknown without torch")
+        yield Finding("GPU", None, "unknown without torch")
+        return
     if not torch.cuda.is_available():
-        return Finding("GPU", None, "none; the CPU path is used")
-    names = ", ".join(torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count()))
-    return Finding("GPU", True, names)
+        yield Finding("GPU", None, f"{_why_no_gpu(torch.version.cuda)}; workers compute on the CPU")
+        return
+    for index in range(torch.cuda.device_count()):
+        yield _gpu_finding(torch, index)
+
+
+def _why_no_gpu(built_for: str | None) -> str:
+    if not Path("/dev/nvidiactl").exists():
+        return "none"
+    if built_for is None:
+        return "there is one, but this torch is built without CUDA"
+    return f"there is one, but torch can't use it with this driver (torch wants CUDA {built_for})"
+
+
+def _gpu_finding(torch: Any, index: int) -> Finding:
+    properties = torch.cuda.get_device_properties(index)
+    free, total = torch.cuda.mem_get_info(index)
+    capability = f"{properties.major}.{properties.minor}"
+    detail = (
+        f"{properties.name}, compute capability {capability}, {free / 2**30:.0f} of {total / 2**30:.0f} GiB "
+        f"free, CUDA {torch.version.cuda}"
+    )
+    problem = ""
+    if (properties.major, properties.minor) < (8, 0):
+        problem = "; too old for the Triton kernels in bfloat16: use dtype float16 or device cpu"
+    elif importlib.util.find_spec("triton") is None:
+        problem = "; without triton workers compute with plain torch: pip install 'disagg[gpu]'"
+    return Finding(f"GPU {index}", not problem or None, detail + problem)

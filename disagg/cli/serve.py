@@ -48,6 +48,7 @@ def serve(
     max_num_batched_tokens: Annotated[int | None, typer.Option(help="Tokens in one step.")] = None,
     block_size: Annotated[int | None, typer.Option(help="Tokens in one KV block.")] = None,
     kv_cache_memory: Annotated[float | None, typer.Option(help="Bytes, or a fraction of memory.")] = None,
+    device: Annotated[str | None, typer.Option(help="auto (a GPU where there is one), cpu or cuda.")] = None,
     dtype: Annotated[str | None, typer.Option(help="auto, float32, bfloat16 or float16.")] = None,
     quantization: Annotated[str | None, typer.Option(help="Round weights to int8 or int4 (CPU).")] = None,
     tensor_parallel_size: Annotated[
@@ -76,6 +77,7 @@ def serve(
         "engine.max_num_batched_tokens": max_num_batched_tokens,
         "engine.block_size": block_size,
         "engine.kv_cache_memory": kv_cache_memory,
+        "engine.device": device,
         "model.dtype": dtype,
         "model.quantization": quantization,
         "prefill.tensor_parallel_size": prefill_tp if prefill_tp is not None else tensor_parallel_size,
@@ -115,6 +117,11 @@ def check(config: ClusterConfig) -> None:
     spec = read_spec(folder)
     for role in Role:
         check_size(spec, config.pool(role).tensor_parallel_size)
+    if config.engine.device == "cuda" and not os.environ.get("RAY_ADDRESS"):
+        # Only here: it imports torch, which takes seconds.
+        from disagg.model.device import resolve_device
+
+        resolve_device("cuda")
     if config.mixed.replicas == 0 and (config.prefill.replicas == 0 or config.decode.replicas == 0):
         raise ConfigError("prefill and decode need at least one worker each", param="prefill")
     check_port_free(config.frontend.host, config.frontend.port, param="port")

@@ -25,6 +25,7 @@ import ray
 from ray.exceptions import RayActorError, RayError, RayTaskError
 
 from disagg.cluster.actors import RouterActor, WorkerActor
+from disagg.cluster.gpus import gpus_per_worker
 from disagg.cluster.naming import (
     CONTROLLER_NAME,
     NAMESPACE,
@@ -99,6 +100,7 @@ class Controller:
         self._host = host
         self._orphan_timeout_s = orphan_timeout_s
         self._restarts: dict[str, int] = {}
+        self._gpus_in_cluster = 0.0
         self._started = False
         self._slots: dict[str, Slot] = {}
         self._pools = PoolScaler(self._config, self)
@@ -117,6 +119,7 @@ class Controller:
 
     async def start(self) -> None:
         """Bring the router and all slots up; idempotent. Raises ConfigError where a worker can't start."""
+        self._gpus_in_cluster = ray.cluster_resources().get("GPU", 0.0)  # type: ignore[no-untyped-call]
         router = self._get_or_create_router()
         await router.address.remote()
         new = [] if self._started else self._first_slots()
@@ -185,7 +188,7 @@ class Controller:
         options = self.actor_options(
             worker_actor_name(slot.worker_id),
             num_cpus=pool.num_cpus,
-            num_gpus=pool.num_gpus,
+            num_gpus=gpus_per_worker(self._config, slot.role, self._gpus_in_cluster),
             resources=pool.resources,
             scheduling_strategy="SPREAD",
         )

@@ -16,20 +16,27 @@ import uuid
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
+import torch
+
 from disagg.cluster.cores import CoreClaim
 from disagg.config import ClusterConfig
 from disagg.engine.engine import Engine
+from disagg.engine.overlap import engine_for
+from disagg.errors import ConfigError
+from disagg.model.block_mover import BlockMover, pin
 from disagg.model.config import read_spec
+from disagg.model.device import describe_device, resolve_device
 from disagg.model.runner import ModelRunner, load_runner, plan_cache
 from disagg.rpc import cluster_server, listen
 from disagg.service.metrics import WorkerMetrics
 from disagg.service.router_client import WorkerMembership
-from disagg.service.step_samples import StepRecorder, profile
+from disagg.service.step_samples import profile, recorder_of
 from disagg.service.worker import Worker
 from disagg.tls import load_tls
 from disagg.transfer.client import KVTransferClient
 from disagg.transfer.segment import SharedSegment
 from disagg.transfer.server import KVTransferService
+from disagg.transfer.staged import StagedPublisher, StagedPuller, halves, staging_blocks
 from disagg.transfer.transports import ExtraTransports
 from disagg.types import Role, WorkerInfo
 from disagg.v1 import worker_pb2_grpc
@@ -38,6 +45,11 @@ logger = logging.getLogger(__name__)
 
 # In-flight streams get this long to close when a worker is told to stop.
 STOP_GRACE_S = 0.5
+
+
+def stages(device: torch.device) -> bool:
+    """Whether peers can't read the memory of a cache on this device, so that blocks pass the host's."""
+    return device.type != "cpu"
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +74,9 @@ class WorkerProcess:
         pool = spec.config.pool(spec.role)
         self._num_ranks = pool.tensor_parallel_size
         self._cores = CoreClaim(spec.threads if pool.pin_threads else 0, ranks=self._num_ranks)
+        # Whether the cache is on a device, so that blocks pass through the segment on their way.
+        self._staging = False
+        self._staged: StagedPublisher | None = None
 
     async def start(self) -> WorkerInfo:
         """Load the model, open the port, join the router. Raises ConfigError where that can't be."""
@@ -72,8 +87,8 @@ class WorkerProcess:
         self._server = cluster_server(spec.secret)
         port = listen(self._server, f"{spec.host}:0", self._tls)
         self.info = self._describe(runner, f"{spec.host}:{port}")
-        self._recorder = StepRecorder(runner)
-        engine = Engine(
+        self._recorder = recorder_of(runner)
+        engine = engine_for(
             spec.config.engine_for(spec.role),
             self._recorder,
             num_blocks=runner.num_blocks,
@@ -81,7 +96,7 @@ class WorkerProcess:
             hash_model=runner.fingerprint,
             eos_token_ids=runner.eos_token_ids,
         )
-        await asyncio.to_thread(self._profile, engine)
+        await asyncio.to_thread(self._profile, engine, runner)
         self.worker = self._wire(engine, runner, segment)
         await self._server.start()
         await self._publisher.listen(spec.host)
@@ -95,6 +110,13 @@ class WorkerProcess:
         spec = self._spec
         engine_config = spec.config.engine_for(spec.role)
         model = spec.config.model
+        device = resolve_device(
+            engine_config.device, quantization=model.quantization, kernels=engine_config.kernels
+        )
+        logger.info("worker %s computes on %s", spec.worker_id, describe_device(device))
+        self._staging = stages(device)
+        if self._staging:
+            return self._load_on_device(device)
         # The plan comes first: the cache's memory is the shared segment, and the runner is built over it.
         layout, num_blocks = plan_cache(
             read_spec(model.folder), engine_config, dtype=model.dtype, quantization=model.quantization
@@ -118,9 +140,47 @@ class WorkerProcess:
         segment.seal()
         return segment, runner
 
-    def _profile(self, engine: Engine) -> None:
+    def _load_on_device(self, device: torch.device) -> tuple[SharedSegment, ModelRunner]:
+        """The cache is on the device; the segment is what its blocks pass through on their way."""
+        spec = self._spec
+        model = spec.config.model
+        if self._num_ranks > 1:
+            raise ConfigError(
+                f"tensor_parallel_size: {self._num_ranks} ranks on GPUs can't hand KV over yet; "
+                "use 1, or device cpu",
+                param="tensor_parallel_size",
+            )
         with self._cores.pinned():
-            profile(engine, self._spec.config.engine_for(self._spec.role))
+            runner = load_runner(
+                model.folder,
+                spec.config.engine_for(spec.role),
+                dtype=model.dtype,
+                num_threads=spec.threads,
+                max_model_len=model.max_model_len,
+                device=device,
+            )
+        block_bytes = runner.layout.block_bytes
+        memory = spec.config.transfer.staging_memory
+        rows = staging_blocks(memory, block_bytes, runner.num_blocks)
+        segment = SharedSegment.create(rows, block_bytes)
+        pin(segment.rows, device)
+        longest = rows // 2 * runner.layout.block_size
+        if longest < runner.max_model_len:
+            logger.warning(
+                "staging_memory of %d bytes hands over %d tokens at most; longer prompts are computed again",
+                memory,
+                longest,
+            )
+        return segment, runner
+
+    def _profile(self, engine: Engine, runner: ModelRunner) -> None:
+        config = self._spec.config.engine_for(self._spec.role)
+        with self._cores.pinned():
+            if self._staging:
+                # Compiles what has not been yet: seconds that no later step takes.
+                profile(engine, config)
+                self._recorder.take()
+            profile(engine, config)
 
     def _describe(self, runner: ModelRunner, address: str) -> WorkerInfo:
         spec = self._spec
@@ -159,7 +219,7 @@ class WorkerProcess:
             secret=spec.secret,
             lease_s=transfer.lease_s,
             chunk_bytes=transfer.chunk_bytes,
-            on_released=lambda request_id: worker.on_lease_ended(request_id),
+            on_released=lambda request_id: self._on_lease_ended(request_id),
             tls=self._tls,
         )
         self._transports = ExtraTransports(
@@ -171,7 +231,7 @@ class WorkerProcess:
             wanted=transfer.kv_transport,
             timeout_s=transfer.pull_timeout_s,
         )
-        self._puller = KVTransferClient(
+        client = KVTransferClient(
             runner.layout,
             segment,
             worker_id=spec.worker_id,
@@ -185,12 +245,13 @@ class WorkerProcess:
             openers=self._transports.openers,
             on_retry=lambda: worker.note_pulled_again(),
         )
+        publisher, self._puller = self._staged_ends(runner, segment, client)
         self._membership.on_change(self._puller.retain)
         self._membership.on_change(self._transports.retain)
         worker = Worker(
             self.info,
             engine,
-            self._publisher,
+            publisher,
             self._puller,
             self._membership,
             WorkerMetrics(self.info),
@@ -201,6 +262,24 @@ class WorkerProcess:
         worker_pb2_grpc.add_KVTransferServicer_to_server(self._publisher, self._server)
         self._transports.serve(self._server)
         return worker
+
+    def _staged_ends(
+        self, runner: ModelRunner, segment: SharedSegment, client: KVTransferClient
+    ) -> tuple[KVTransferService | StagedPublisher, KVTransferClient | StagedPuller]:
+        """Return both ends of hand-offs, with copies from and to the device where there is one."""
+        if not self._staging:
+            return self._publisher, client
+        published, pulled = halves(segment.num_blocks)
+        blocks = runner.kv_cache.blocks
+        # A mover each: what comes in must not wait for what goes out.
+        self._staged = StagedPublisher(self._publisher, segment, BlockMover(blocks), published)
+        timeout_s = self._spec.config.transfer.pull_timeout_s
+        return self._staged, StagedPuller(client, segment, BlockMover(blocks), pulled, timeout_s)
+
+    def _on_lease_ended(self, request_id: str) -> None:
+        if self._staged is not None:
+            self._staged.released(request_id)
+        self.worker.on_lease_ended(request_id)
 
     async def wait(self) -> None:
         """Return when the worker was stopped; raise what its engine thread died of."""
@@ -220,6 +299,8 @@ class WorkerProcess:
         await self._server.stop(STOP_GRACE_S)
         await self.worker.stop()
         await self._puller.close()
+        if self._staged is not None:
+            await self._staged.close()
         await self._transports.close()
         await self._publisher.close()
         await asyncio.to_thread(self._runner.close)

@@ -89,7 +89,7 @@ def runner_on_device(
         if num_blocks is None:
             needs = step_needs(decoder, trial, engine_config, memory)
             num_blocks = affordable_blocks(
-                engine_config.kv_cache_memory, cache_layout.block_bytes, memory.free(), needs
+                engine_config.kv_cache_budget(on_gpu=True), cache_layout.block_bytes, memory.free(), needs
             )
     limit = model_len(spec, max_model_len, (num_blocks - 1) * cache_layout.block_size)
     kv_cache = KVCache(cache_layout, num_blocks, device=device)

@@ -43,7 +43,7 @@ def num_blocks_for(engine_config: EngineConfig, block_bytes: int) -> int:
     """
     if engine_config.num_kv_blocks is not None:
         return engine_config.num_kv_blocks
-    memory = engine_config.kv_cache_memory
+    memory = engine_config.kv_cache_budget(on_gpu=False)
     budget = int(memory * available_memory()) if isinstance(memory, float) else memory
     if budget < 2 * block_bytes:
         raise ConfigError(

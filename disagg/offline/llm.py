@@ -17,6 +17,7 @@ from tqdm import tqdm
 from disagg.config import BUNDLED_MODEL, DType, Kernels, Quantization, parse_config
 from disagg.engine.overlap import engine_for
 from disagg.errors import ConfigError, DisaggError, InvalidRequestError
+from disagg.model.device import resolve_device
 from disagg.model.runner import ModelRunner, load_runner
 from disagg.offline.outputs import CompletionOutput, RequestOutput
 from disagg.service.chat_template import Message
@@ -90,9 +91,10 @@ class LLM:
     model: a folder with safetensors, or None for the bundled model; without a tokenizer.json in it prompts
     are token ids and answers have no text. dtype, quantization, max_model_len,
     block_size, max_num_seqs, max_num_batched_tokens, enable_prefix_caching, kernels: as in the cluster's
-    configuration. kv_cache_memory: bytes, or a share of the free memory in (0, 1]. num_threads: cores to
-    compute on (of each rank), None for as many as torch would use. tensor_parallel_size: processes among
-    which the model is cut; they end with this object.
+    configuration. kv_cache_memory: bytes, or a share of the free memory in (0, 1]; None is 1 GiB on a CPU and
+    0.9 of what a GPU has left beside the weights. num_threads: cores to compute on (of each rank), None for
+    as many as torch would use. device: auto (a GPU where there is one), cpu, cuda or cuda:N.
+    tensor_parallel_size: processes among which the model is cut; they end with this object.
 
     Not thread-safe. Raises ConfigError naming the argument that is wrong or does not fit the checkpoint.
     """
@@ -107,16 +109,19 @@ class LLM:
         block_size: int = 16,
         max_num_seqs: int = 64,
         max_num_batched_tokens: int = 1024,
-        kv_cache_memory: int | float = DEFAULT_KV_CACHE_BYTES,
+        kv_cache_memory: int | float | None = None,
         enable_prefix_caching: bool = True,
         kernels: Kernels = "auto",
         num_threads: int | None = None,
-        device: str = "cpu",
+        device: str = "auto",
         tensor_parallel_size: int = 1,
     ) -> None:
         folder = BUNDLED_MODEL if model is None else Path(model)
         if not folder.is_dir():
             raise ConfigError(f"model: {folder} is no folder", param="model")
+        on = resolve_device(device, quantization=quantization, kernels=kernels)
+        if kv_cache_memory is None and on.type == "cpu":
+            kv_cache_memory = DEFAULT_KV_CACHE_BYTES
         config = parse_config(
             {
                 "model": {"dtype": dtype, "quantization": quantization, "max_model_len": max_model_len},
@@ -137,7 +142,7 @@ class LLM:
             quantization=quantization,
             num_threads=num_threads,
             max_model_len=max_model_len,
-            device=device,
+            device=on,
             tensor_parallel_size=tensor_parallel_size,
         )
         self._engine = engine_for(

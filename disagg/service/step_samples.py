@@ -5,11 +5,12 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TypeVar
 
 from disagg.config import EngineConfig
 from disagg.engine.engine import Engine
-from disagg.engine.runner import Batch, Runner
+from disagg.engine.runner import AsyncRunner, Batch, PendingStep, Runner
 from disagg.errors import DisaggError
 from disagg.routing.types import StepSample, TransferSample
 from disagg.types import Request, SampledToken, SamplingParams
@@ -39,23 +40,13 @@ class StepRecorder:
         self._runner.check_request(request)
 
     def execute(self, batch: Batch) -> list[SampledToken | None]:
-        started = self._clock()
+        work, started = _work_of(batch), self._clock()
         sampled = self._runner.execute(batch)
-        self._note(batch, self._clock() - started)
+        self._note(work, self._clock() - started)
         return sampled
 
-    def _note(self, batch: Batch, seconds: float) -> None:
-        num_tokens = attended = num_decodes = context = 0
-        for item in batch.items:
-            computed, count = item.seq.num_computed_tokens, item.num_tokens
-            if count == 1:
-                num_decodes += 1
-                context += computed + 1
-            else:
-                num_tokens += count
-                attended += count * computed + count * count // 2
-        sample = StepSample(seconds, num_tokens, attended, num_decodes, context)
-        (self._prompts if num_tokens else self._decodes).append(sample)
+    def _note(self, work: StepSample, seconds: float) -> None:
+        (self._prompts if work.num_tokens else self._decodes).append(replace(work, seconds=seconds))
 
     def pulled(self, seconds: float, num_tokens: int, num_others: int) -> None:
         """Note a pull that succeeded."""
@@ -65,6 +56,58 @@ class StepRecorder:
     def take(self) -> tuple[list[StepSample], list[TransferSample]]:
         """Return what came since the last call."""
         return [*_drain(self._prompts), *_drain(self._decodes)], _drain(self._transfers)
+
+
+class AsyncStepRecorder(StepRecorder):
+    """A StepRecorder of a runner that computes in the background: an AsyncRunner itself.
+
+    A step begins when it is submitted or when the one before it has ended, whichever is later.
+    """
+
+    def __init__(self, runner: AsyncRunner, clock: Callable[[], float] = time.perf_counter) -> None:
+        super().__init__(runner, clock)
+        self._async_runner = runner
+        self._last_end = 0.0
+
+    def submit(self, batch: Batch) -> PendingStep:
+        # The batch's sequences go on before the step has ended.
+        work, submitted = _work_of(batch), self._clock()
+        return _TimedStep(self._async_runner.submit(batch), lambda: self._ended(work, submitted))
+
+    def _ended(self, work: StepSample, submitted: float) -> None:
+        end = self._clock()
+        self._note(work, end - max(submitted, self._last_end))
+        self._last_end = end
+
+
+class _TimedStep:
+    def __init__(self, pending: PendingStep, ended: Callable[[], None]) -> None:
+        self._pending = pending
+        self._ended = ended
+
+    def result(self) -> list[SampledToken | None]:
+        sampled = self._pending.result()
+        self._ended()
+        return sampled
+
+
+def recorder_of(runner: Runner) -> StepRecorder:
+    """Return a recorder that computes in the background where the runner does."""
+    return AsyncStepRecorder(runner) if isinstance(runner, AsyncRunner) else StepRecorder(runner)
+
+
+def _work_of(batch: Batch) -> StepSample:
+    """Return what a step has to compute, before it did."""
+    num_tokens = attended = num_decodes = context = 0
+    for item in batch.items:
+        computed, count = item.seq.num_computed_tokens, item.num_tokens
+        if count == 1:
+            num_decodes += 1
+            context += computed + 1
+        else:
+            num_tokens += count
+            attended += count * computed + count * count // 2
+    return StepSample(0.0, num_tokens, attended, num_decodes, context)
 
 
 def _drain(samples: deque[T]) -> list[T]:
@@ -115,3 +158,5 @@ def _run(engine: Engine, batch: int, size: int, end: float, clock: Callable[[], 
     finally:
         for request_id in ids:
             engine.abort(request_id)
+        while engine.has_work():  # a step that runs in the background
+            engine.step(clock())
