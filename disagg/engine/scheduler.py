@@ -15,9 +15,8 @@ from __future__ import annotations
 import heapq
 from bisect import insort
 from collections.abc import Callable
-from dataclasses import dataclass
 from itertools import islice
-from typing import Any
+from typing import Any, NamedTuple
 
 from disagg.config import EngineConfig
 from disagg.engine.block_pool import BlockPool
@@ -29,8 +28,7 @@ from disagg.hashing import next_hash
 DUE_SHARE = 4
 
 
-@dataclass(frozen=True, slots=True)
-class Reservation:
+class Reservation(NamedTuple):
     """Blocks that wait for a peer's KV.
 
     block_ids: those that cover the remote tokens. num_cached_tokens: how many of these tokens were found

@@ -493,7 +493,7 @@ def _with_last_step(output: StepOutput, step_s: float) -> StepOutput:
     """Return the output with the step that made the first token in its prefill: the engine's `now` is that
     step's beginning.
     """
-    return output if output.prefill_s is None else replace(output, prefill_s=output.prefill_s + step_s)
+    return output if output.prefill_s is None else output._replace(prefill_s=output.prefill_s + step_s)
 
 
 def _ignore(_value: object) -> None:

@@ -24,7 +24,7 @@ from disagg.sim.events import EventLoop
 from disagg.sim.gaps import Gaps
 from disagg.sim.pipeline import Pipeline
 from disagg.sim.step_samples import StepSamples
-from disagg.types import Request, SampledToken, StepOutput, WorkerInfo, WorkerLoad, WorkerStatus
+from disagg.types import Request, SampledToken, StepOutput, WorkerInfo, WorkerStatus
 
 # Empty batches in a row after which an engine is taken to be stuck: one can follow a preemption.
 _MAX_EMPTY_STEPS = 64
@@ -390,11 +390,7 @@ class SimWorker:
                 lagging = run.missing_blocks()
         load = self.engine.load()
         if lagging:
-            load = WorkerLoad(
-                *(load.num_running, load.num_waiting, load.num_held, load.waiting_tokens),
-                kv_blocks_used=load.kv_blocks_used + lagging,
-                kv_blocks_cached=load.kv_blocks_cached,
-            )
+            load = load._replace(kv_blocks_used=load.kv_blocks_used + lagging)
         blocks = self._block_events(snapshot) if with_blocks else None
         if self._samples is None:
             return WorkerReport(self.info, WorkerStatus.READY, load, blocks)
