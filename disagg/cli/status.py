@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import sys
 from typing import Annotated
 
 import typer
 from rich.console import Console
 
 from disagg.cli.cluster_report import fetch, read, render
+
+_PIPE_WIDTH = 120
 
 Url = Annotated[str, typer.Option(help="Where the front end listens.")]
 Key = Annotated[str | None, typer.Option(envvar="DISAGG_API_KEY", help="API key, if one is set.")]
@@ -23,5 +26,6 @@ def status(
     if as_json:
         typer.echo(json.dumps(fetch(url, api_key), indent=2))
     else:
-        console = Console()
+        # A pipe has no width that lines could be cut to.
+        console = Console() if sys.stdout.isatty() else Console(width=_PIPE_WIDTH)
         console.print(render(read(url, api_key), width=console.width))

@@ -125,8 +125,8 @@ SUFFERING: list[tuple[dict[str, float], str]] = [
     ({"prefill": 0.8, "queue": 0.2}, "first tokens are late: prefill"),
     ({"frontend": 0.7}, "first tokens are late: front end"),
     ({"kv_transfer": 2.0, "first_decode": 0.1}, "tokens are slow: KV transfer"),
-    ({"shed": 3.0}, "43 % of requests are shed"),
-    ({"shed": 1.0, "prefill": 0.8}, "20 % of requests are shed; first tokens are late: prefill"),
+    ({"shed": 3.0}, "60 % of requests are shed"),
+    ({"shed": 1.0, "prefill": 0.8}, "33 % of requests are shed; first tokens are late: prefill"),
 ]
 
 
@@ -144,6 +144,8 @@ async def test_the_status_names_what_clients_suffer_from() -> None:
             script = "data => { drawStatus(data); return $('status').textContent }"
             shown = await page.evaluate(script, {**data, "history": rows})
             assert shown.strip() == text
+        over = [row(now - 35, shed=3.0), row(now - 25), row(now - 15), row(now - 5)]
+        assert (await page.evaluate(script, {**data, "history": over})).strip() == "all well"
 
 
 async def test_no_line_runs_through_the_time_in_which_a_front_end_was_away() -> None:

@@ -331,7 +331,7 @@ function culprit(rows, keys) {
 function complaints(data) {
   const found = [];
   const rows = data.history.filter((row) => row.t > data.now - 900);
-  const recent = rows.filter((row) => row.t > data.now - 45);
+  const recent = rows.filter((row) => row.t > data.now - 2.5 * data.period_s);
   const rate = (names) => sum(recent.map((row) => sum(names.map((name) => row.outcomes[name] ?? 0))));
   const all = rate(["stop", "length", ...FAILED]);
   for (const [names, what] of [[["error", "deadline"], "fail"], [["shed"], "are shed"]]) {
