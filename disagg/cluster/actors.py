@@ -60,6 +60,11 @@ class RouterActor:
         """Return how many front ends are attached; 0 before the server runs."""
         return 0 if self._address is None else self._server.num_frontends
 
+    async def set_pool_sizes(self, sizes: dict[str, int]) -> None:
+        """Take note of the workers that each role's pool is to have; nothing before the server runs."""
+        if self._address is not None:
+            self._server.set_pool_sizes({Role(role): size for role, size in sizes.items()})
+
     async def samples(self) -> list[WorkerSample]:
         """Return what the autoscaler wants to know of every worker; none before the server runs."""
         return [] if self._address is None else sample_workers(self._server.router.view)

@@ -47,6 +47,8 @@ MAX_BACKOFF_S = 10.0
 # Without any front end for this long, a cluster that belongs to a Serve application takes itself down.
 ORPHAN_CHECK_S = 5.0
 STOP_TIMEOUT_S = 5.0
+# How often the router, which may have been restarted, is told of the pools' sizes.
+TELL_EVERY_S = 2.0
 # Processes that may die before a worker has been up once.
 START_ATTEMPTS = 3
 
@@ -106,6 +108,7 @@ class Controller:
         self._pools = PoolScaler(self._config, self)
         self._watch: asyncio.Task[None] | None = None
         self._scaling: asyncio.Task[None] | None = None
+        self._telling: asyncio.Task[None] | None = None
 
     async def secret(self) -> str:
         return self._secret
@@ -132,6 +135,7 @@ class Controller:
             for slot in new:
                 self._slots[slot.worker_id] = slot
                 slot.keeper = asyncio.create_task(self._keep(slot))
+            self._telling = asyncio.create_task(self._tell_router())
             if self._config.autoscaler.enabled:
                 self._scaling = asyncio.create_task(self._pools.run())
         if self._watch is None and self._orphan_timeout_s is not None:
@@ -299,6 +303,15 @@ class Controller:
         await self._stop(slot.actor)
         self._slots.pop(slot.worker_id, None)
 
+    async def _tell_router(self) -> None:
+        """Keep the router informed of how many workers each pool is to have; front ends show it."""
+        while True:
+            sizes = {role: len(workers) for role, workers in (await self.pools()).items()}
+            with contextlib.suppress(ValueError, RayError):
+                router: Any = ray.get_actor(ROUTER_NAME, namespace=NAMESPACE)
+                await router.set_pool_sizes.remote(sizes)
+            await asyncio.sleep(TELL_EVERY_S)
+
     async def samples(self) -> list[WorkerSample]:
         """Return what the router knows of all workers. Raises RayError or ValueError while it is away."""
         router: Any = ray.get_actor(ROUTER_NAME, namespace=NAMESPACE)
@@ -324,7 +337,7 @@ class Controller:
 
     async def shutdown(self) -> None:
         """Stop every worker and the router. What does not stop in time is killed."""
-        for task in (self._scaling, *(slot.keeper for slot in self._slots.values())):
+        for task in (self._scaling, self._telling, *(slot.keeper for slot in self._slots.values())):
             if task is not None:
                 task.cancel()
         actors = [slot.actor for slot in self._slots.values()]

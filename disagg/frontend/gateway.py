@@ -76,7 +76,7 @@ class Gateway:
         )
         self._metrics.describe(
             self.version,
-            {role: config.pool(role).replicas for role in Role},
+            self._pool_size,
             {"ttft": config.slo.ttft_s, "tpot": config.slo.tpot_s},
             lambda: self._router.connected,
         )
@@ -237,9 +237,13 @@ class Gateway:
             "objectives": {"ttft": slo.ttft_s, "tpot": slo.tpot_s},
             "period_s": PERIOD_S,
             "pools": pool_loads(self._router.view),
-            "wanted": {role.value: self._cluster_config.pool(role).replicas for role in Role},
+            "wanted": {role.value: self._pool_size(role) for role in Role},
             "history": [{**summarize(row), "pools": pools.get(row["t"], {})} for row in rows],
         }
+
+    def _pool_size(self, role: Role) -> int:
+        """Return how many workers a pool is to have: as the controller scaled it, else as configured."""
+        return self._router.pool_sizes.get(role, self._cluster_config.pool(role).replicas)
 
     async def status(self) -> dict[str, Any]:
         """Return what `disagg status --json` prints."""

@@ -8,6 +8,7 @@ a client wrote.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
@@ -201,18 +202,18 @@ class FrontendMetrics:
     def describe(
         self,
         version: str,
-        pools: Mapping[Role, int],
+        pool_size: Callable[[Role], int],
         objectives: Mapping[str, float | None],
         router_connected: Callable[[], bool],
     ) -> None:
         """Add what is configured, so that dashboards and alerts can compare with it.
 
-        pools: workers wanted by role. objectives: default objectives in seconds by name.
+        pool_size: workers wanted now in a role's pool. objectives: default objectives in seconds by name.
         """
         self._gauge("build_info", "1, labelled with the version.", ("version",)).labels(version).set(1)
         wanted = self._gauge("pool_replicas", "Workers that a pool is to have.", ("role",))
-        for role, count in pools.items():
-            wanted.labels(role.value).set(count)
+        for role in Role:
+            wanted.labels(role.value).set_function(partial(pool_size, role))
         goals = self._gauge("slo_objective_seconds", "Objective of requests that name none.", ("slo",))
         for name, seconds in objectives.items():
             if seconds is not None:

@@ -13,7 +13,7 @@ import dataclasses
 import logging
 import random
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeAlias
 
 import grpc
@@ -29,7 +29,7 @@ from disagg.service import wire_router as wire
 from disagg.service.membership import WorkerMembership
 from disagg.service.router_link import CONNECT_TIMEOUT_S, GetAddress, RouterLink, cancelled_from_outside
 from disagg.tls import ClusterTLS
-from disagg.types import WorkerStatus
+from disagg.types import Role, WorkerStatus
 from disagg.v1 import router_pb2, router_pb2_grpc, worker_pb2
 
 ReportKind: TypeAlias = router_pb2.ReportKind.ValueType
@@ -82,6 +82,7 @@ class RouterClient:
         self._link = RouterLink(get_address, self._attach, tls)
         self._stub: router_pb2_grpc.RouterAsyncStub | None = None
         self._router_incarnation = ""
+        self._pool_sizes: dict[Role, int] = {}
         # Until when workers stay in the view that a restarted router does not list.
         self._settles_at: float | None = None
         self._events: list[router_pb2.RequestEvent] = []
@@ -106,6 +107,11 @@ class RouterClient:
     def view(self) -> ClusterView:
         """The cluster as last heard. The object stays the same and changes; read only."""
         return self._local.view
+
+    @property
+    def pool_sizes(self) -> Mapping[Role, int]:
+        """Workers that each pool is to have, as last heard; empty before the controller has told."""
+        return self._pool_sizes
 
     def on_view_change(self, callback: Callable[[ClusterView], None]) -> None:
         """Call back whenever a worker came, went, restarted or changed its status."""
@@ -283,6 +289,8 @@ class RouterClient:
 
     def _on_view(self, message: router_pb2.ClusterView) -> None:
         self._answer(message.questions)
+        if message.pool_sizes:
+            self._pool_sizes = {role: message.pool_sizes.get(role.value, 0) for role in Role}
         states = {state.info.worker_id: state for state in map(wire.state_from_proto, message.workers)}
         now, before = self._clock(), self.view.version
         self._follow_router(message, now)

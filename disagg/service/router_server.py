@@ -17,7 +17,7 @@ import os
 import random
 import time
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from typing import Any
 
 import grpc
@@ -34,7 +34,7 @@ from disagg.service.gathering import Gathering
 from disagg.service.router_metrics import RouterMetrics
 from disagg.service.waiting_room import WaitingRoom
 from disagg.tls import ClusterTLS
-from disagg.types import WorkerInfo
+from disagg.types import Role, WorkerInfo
 from disagg.v1 import router_pb2, router_pb2_grpc, worker_pb2
 
 logger = logging.getLogger(__name__)
@@ -89,6 +89,7 @@ class RouterServer(router_pb2_grpc.RouterServicer):
         # Front ends that placed without a stream, and since when.
         self._unattached: dict[str, float] = {}
         self._gathering = Gathering()
+        self._pool_sizes: dict[str, int] = {}
         self._announced = 0
         self._server: grpc.aio.Server | None = None
         self._sweeper: asyncio.Task[None] | None = None
@@ -97,6 +98,10 @@ class RouterServer(router_pb2_grpc.RouterServicer):
     def num_frontends(self) -> int:
         """Front ends that are attached now."""
         return len(self._frontends)
+
+    def set_pool_sizes(self, sizes: Mapping[Role, int]) -> None:
+        """Tell front ends, with the next heartbeat, how many workers each pool is to have."""
+        self._pool_sizes = {role.value: size for role, size in sizes.items()}
 
     async def start(self, host: str = "127.0.0.1", port: int = 0) -> str:
         """Listen; return host:port. Raises RuntimeError where the port can't be bound."""
@@ -283,6 +288,7 @@ class RouterServer(router_pb2_grpc.RouterServicer):
             router_pid=os.getpid(),
             router_incarnation=self.incarnation,
             questions=questions,
+            pool_sizes=self._pool_sizes,
         )
 
     # -- streams -------------------------------------------------------------------------------------

@@ -631,11 +631,32 @@ Global___RequestEvent: _TypeAlias = RequestEvent  # noqa: Y015
 class ClusterView(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
+    @_typing.final
+    class PoolSizesEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.int
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.int = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
     VERSION_FIELD_NUMBER: _builtins.int
     WORKERS_FIELD_NUMBER: _builtins.int
     ROUTER_PID_FIELD_NUMBER: _builtins.int
     ROUTER_INCARNATION_FIELD_NUMBER: _builtins.int
     QUESTIONS_FIELD_NUMBER: _builtins.int
+    POOL_SIZES_FIELD_NUMBER: _builtins.int
     version: _builtins.int
     router_pid: _builtins.int
     router_incarnation: _builtins.str
@@ -643,6 +664,10 @@ class ClusterView(_message.Message):
     def workers(self) -> _containers.RepeatedCompositeFieldContainer[Global___WorkerState]: ...
     @_builtins.property
     def questions(self) -> _containers.RepeatedCompositeFieldContainer[Global___ReportQuestion]: ...
+    @_builtins.property
+    def pool_sizes(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]:
+        """Workers that each role's pool is to have by now; empty until the controller has told."""
+
     def __init__(
         self,
         *,
@@ -651,10 +676,11 @@ class ClusterView(_message.Message):
         router_pid: _builtins.int = ...,
         router_incarnation: _builtins.str = ...,
         questions: _abc.Iterable[Global___ReportQuestion] | None = ...,
+        pool_sizes: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["questions", b"questions", "router_incarnation", b"router_incarnation", "router_pid", b"router_pid", "version", b"version", "workers", b"workers"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["pool_sizes", b"pool_sizes", "questions", b"questions", "router_incarnation", b"router_incarnation", "router_pid", b"router_pid", "version", b"version", "workers", b"workers"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -58,6 +58,12 @@ def workers(served: Served) -> dict[str, tuple[str, str, int]]:
     return {item["id"]: (item["role"], item["state"], item["pid"]) for item in served.status()["workers"]}
 
 
+def wanted(served: Served) -> tuple[float, float]:
+    """Return the sizes that the prefill and decode pools are to have, as alerts hear of them."""
+    prefill, decode = (served.metric("disagg_pool_replicas", role=role) for role in ("prefill", "decode"))
+    return prefill, decode
+
+
 async def under_load(served: Served, change: Callable[[], Awaitable[None]]) -> None:
     """Run `change` while users ask without a pause; every answer must be whole and the same."""
     stop = asyncio.Event()
@@ -98,6 +104,7 @@ async def test_pools_grow_lend_and_shrink_under_load_without_a_failed_request(se
         await call_controller(served, "scale", "decode", 2)
         grown = await asyncio.to_thread(workers, served)
         assert grown["decode-1"][:2] == ("decode", "ready")
+        await asyncio.to_thread(served.wait_for, lambda: wanted(served) == (1, 2), 10, "two are wanted")
         await call_controller(served, "change_role", "decode-1", "prefill")
         await asyncio.to_thread(
             served.wait_for, lambda: workers(served)["decode-1"][:2] == ("prefill", "ready"), 10, "relabelled"
@@ -109,6 +116,7 @@ async def test_pools_grow_lend_and_shrink_under_load_without_a_failed_request(se
         await asyncio.to_thread(served.wait_for, lambda: len(workers(served)) == 2, 10, "the worker is gone")
 
     await under_load(served, change)
+    await asyncio.to_thread(served.wait_for, lambda: wanted(served) == (1, 1), 10, "one is wanted again")
     left = await asyncio.to_thread(workers, served)
     assert {role for role, _, _ in left.values()} == {"prefill", "decode"}
     assert left["prefill-0"] == first["prefill-0"]

@@ -35,7 +35,7 @@ _GROUPING = re.compile(r"\b(?:by|on|without|ignoring)\s*\(([^)]*)\)")
 def exported() -> dict[str, dict[str, set[str]]]:
     """Return {sample name: {label: values}} of everything that a cluster exposes."""
     frontend = FrontendMetrics()
-    frontend.describe("1", {role: 1 for role in Role}, {"ttft": 1.0, "tpot": 1.0}, lambda: True)
+    frontend.describe("1", lambda role: 1, {"ttft": 1.0, "tpot": 1.0}, lambda: True)
     frontend.placements.labels("prefix_aware", "local")
     parts = [("frontend-1", frontend.exposition())]
     for role in Role:
@@ -206,7 +206,7 @@ def test_every_alert_has_a_case_in_which_it_fires_and_one_moment_in_which_it_doe
 
 def test_promtool_accepts_the_exposition() -> None:
     metrics = FrontendMetrics()
-    metrics.describe("1", {Role.PREFILL: 1}, {"ttft": 1.0}, lambda: True)
+    metrics.describe("1", lambda role: int(role is Role.PREFILL), {"ttft": 1.0}, lambda: True)
     metrics.ttft.observe(0.1)
     merged = merge_expositions([("a", metrics.exposition()), ("b", metrics.exposition())])
     run = subprocess.run([promtool(), "check", "metrics"], input=merged, capture_output=True)

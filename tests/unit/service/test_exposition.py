@@ -160,8 +160,10 @@ def test_what_is_configured_is_shown() -> None:
     connected = [True]
     pools: dict[Role, int] = {Role.PREFILL: 2, Role.DECODE: 3}
     goals: dict[str, Any] = {"ttft": 0.5, "tpot": None}
-    metrics.describe("1.2", pools, goals, lambda: connected[0])
+    metrics.describe("1.2", lambda role: pools.get(role, 0), goals, lambda: connected[0])
     assert value(metrics.exposition(), "disagg_pool_replicas", role="decode") == 3
+    pools[Role.DECODE] = 4
+    assert value(metrics.exposition(), "disagg_pool_replicas", role="decode") == 4
     assert value(metrics.exposition(), "disagg_slo_objective_seconds") == 0.5
     assert value(metrics.exposition(), "disagg_router_connected") == 1
     connected[0] = False

@@ -182,6 +182,20 @@ async def test_loads_reach_the_front_end_with_the_heartbeat(setup: Setup) -> Non
     await until(lambda: client.view.workers["d"].load == load)
 
 
+async def test_front_ends_learn_what_size_pools_are_to_have(setup: Setup) -> None:
+    client = await setup.client()
+    await until(lambda: client.connected)
+    assert not client.pool_sizes
+    setup.server.set_pool_sizes({Role.PREFILL: 3, Role.DECODE: 1})
+    await until(lambda: client.pool_sizes)
+    assert dict(client.pool_sizes) == {Role.PREFILL: 3, Role.DECODE: 1, Role.MIXED: 0}
+    # A router that was just restarted has not been told, and nobody forgets for that.
+    await setup.stop_router()
+    await setup.new_router()
+    await until(lambda: client.connected)
+    assert client.pool_sizes[Role.PREFILL] == 3
+
+
 async def test_reported_blocks_make_a_prefix_hit(setup: Setup) -> None:
     client = await pair(setup)
     await setup.worker("p2", Role.PREFILL)
