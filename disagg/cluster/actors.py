@@ -12,6 +12,7 @@ import ray
 from disagg.cluster.naming import NAMESPACE, ROUTER_NAME
 from disagg.config import ClusterConfig
 from disagg.routing.autoscaler import WorkerSample, sample_workers
+from disagg.routing.core import CORE
 from disagg.tls import load_tls
 from disagg.types import Role
 
@@ -54,6 +55,7 @@ class RouterActor:
                     self._config.router, self._secret, tls=tls, admission=self._config.admission
                 )
                 self._address = await self._server.start(listen_address(self._host))
+                logger.info("the router listens at %s; its core is %s", self._address, CORE.name)
         return self._address
 
     async def num_frontends(self) -> int:

@@ -16,7 +16,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from math import exp, inf
 
-from disagg.routing.costs import NUM_TURNS, WorkerCosts
+from disagg.routing.core import NUM_TURNS, AccountFields
+from disagg.routing.costs import WorkerCosts
 from disagg.routing.types import Prediction
 from disagg.types import WorkerLoad
 
@@ -60,33 +61,11 @@ class Charge:
         return self.prefill_slot == self.decode_slot
 
 
-class Account:
+class Account(AccountFields):
     """Load of one worker: its last report and the charges on it."""
 
-    __slots__ = (
-        "absorbed",
-        "absorbed_upto",
-        "aside_at",
-        "aside_s",
-        "block_size",
-        "blocks",
-        "blocks_here",
-        "coming",
-        "coming_s",
-        "costs",
-        "foreign_blocks",
-        "foreign_seqs",
-        "foreign_tokens",
-        "fresh",
-        "kv_total",
-        "max_seqs",
-        "objectives",
-        "present",
-        "progress",
-        "requests",
-        "seqs",
-        "shorter",
-    )
+    __slots__ = ()
+    costs: WorkerCosts
 
     def __init__(self) -> None:
         self.requests: set[str] = set()

@@ -9,14 +9,13 @@ Which prompts are shorter is kept in classes of length ("turns").
 from __future__ import annotations
 
 from bisect import bisect_left
-from dataclasses import dataclass
 
-from disagg.routing.fit import Coefficients
+from disagg.routing.core import NUM_TURNS, CostFields
 from disagg.routing.predictors import DEFAULT_DECODE, DEFAULT_PREFILL, DEFAULT_PULL
 
 # Longest prompt of each turn but the first and the last, which are for priorities below and above 0.
 TURN_TOKENS = (32, 64, 128, 256, 512, 1024, 2048, 8192)
-NUM_TURNS = len(TURN_TOKENS) + 3
+assert len(TURN_TOKENS) + 3 == NUM_TURNS
 # While longer prompts wait, one token in so many goes to them for each that goes to shorter ones.
 DUE_PART = 1 / 3
 # Prompts take no larger share of who decodes than this, for what is predicted.
@@ -32,8 +31,7 @@ def turn_of(num_tokens: int, priority: int) -> int:
     return 1 + bisect_left(TURN_TOKENS, num_tokens)
 
 
-@dataclass(slots=True)
-class WorkerCosts:
+class WorkerCosts(CostFields):
     """One worker's present prices, in seconds.
 
     begin_s: until a prompt that came now could begin, were the queue empty. chunk_s: what a step costs apart
@@ -47,30 +45,16 @@ class WorkerCosts:
     for.
     """
 
-    prefill: Coefficients = DEFAULT_PREFILL
-    decode: Coefficients = DEFAULT_DECODE
-    pull: Coefficients = DEFAULT_PULL
-    fitted: bool = False
-    prefill_fitted: bool = False
-    decode_fitted: bool = False
-    budget: int = 512
-    beside_streams: int = 512
-    max_seqs: int = 1
-    begin_s: float = 0.0
-    chunk: int = 512
-    chunk_s: float = 0.0
-    token_s: float = 0.0
-    attended_s: float = 0.0
-    idle_chunk_s: float = 0.0
-    step_s: float = 0.0
-    bare_step_s: float = 0.0
-    aside: float = 0.0
-    idle_step_s: float = 0.0
-    sequence_s: float = 0.0
-    place_s: float = 0.0
-    links: int = 0
-    queued: float = 0.0
-    sequences: float = 0.0
+    __slots__ = ()
+
+    def __init__(self) -> None:
+        self.prefill, self.decode, self.pull = DEFAULT_PREFILL, DEFAULT_DECODE, DEFAULT_PULL
+        self.fitted = self.prefill_fitted = self.decode_fitted = False
+        self.budget = self.beside_streams = self.chunk = 512
+        self.max_seqs, self.links = 1, 0
+        self.begin_s = self.chunk_s = self.token_s = self.attended_s = self.idle_chunk_s = 0.0
+        self.step_s = self.bare_step_s = self.aside = self.idle_step_s = self.sequence_s = 0.0
+        self.place_s = self.queued = self.sequences = 0.0
 
     def refresh(
         self,

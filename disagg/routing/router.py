@@ -14,6 +14,7 @@ from disagg.errors import InvalidRequestError
 from disagg.routing.assumptions import Assumptions
 from disagg.routing.charges import Charge
 from disagg.routing.choice import Choice
+from disagg.routing.core import CORE, Core
 from disagg.routing.estimates import predict
 from disagg.routing.policies import Policy, make_policy
 from disagg.routing.prefix_index import PrefixIndex
@@ -31,6 +32,7 @@ class Router:
 
     view: the cluster as it is known. counters: placements by (policy, kind). All methods cost about the
     same whatever the number of requests in flight. predicting: whether `place` says what to expect.
+    core: who does the hot work.
     """
 
     def __init__(
@@ -42,11 +44,12 @@ class Router:
         predicting: bool = True,
         max_charges: int = 100_000,
         max_index_entries: int = 4_000_000,
+        core: Core = CORE,
     ) -> None:
         self.config = config
         self.policy = policy or make_policy(config)
-        self.view = ClusterView(max_charges=max_charges)
-        self.index = PrefixIndex(max_index_entries)
+        self.view = ClusterView(max_charges=max_charges, core=core)
+        self.index = PrefixIndex(max_index_entries, core)
         self.counters: Counter[tuple[str, str]] = Counter()
         self._assumptions = Assumptions(self.index)
         self._predicting = predicting

@@ -51,7 +51,7 @@ class Slo:
         held = index.held(request.block_hashes) if request.block_hashes else None
         offer = _Offer(request, view, held)
         if pools.degraded:
-            slot = _lowest(offer.both() + pools.not_prefill, rng)
+            slot = offer.alone(pools, rng)
             return Choice(slot, slot, True, (offer.depth(slot), offer.depth(slot)))
         prefill, decode = offer.best(pools, rng, self._local_prefill)
         return Choice(prefill, decode, False, (offer.depth(prefill), offer.depth(decode)))
@@ -67,6 +67,13 @@ class _Offer:
     def __init__(self, request: PlacementRequest, view: ClusterView, held: Held | None) -> None:
         self._request, self._view, self._held = request, view, held
         self.gaps = max(1.0, min(request.max_new_tokens, view.expected_tokens) - 1)
+        self.first: Floats
+        self.work: Floats
+        self.decode_s: Floats
+
+    def _price(self) -> None:
+        """Work all prices out. `_prices.c` does the same."""
+        request, view, held = self._request, self._view, self._held
         num_tokens = request.num_tokens
         token_s, queued = view.token_s, view.queued_tokens
         # A rough turn is enough to compare workers: the exact one comes with the prediction.
@@ -88,12 +95,44 @@ class _Offer:
         ahead *= token_s
         ahead += view.begin_s
         ahead += work
-        self.first: Floats = ahead
-        self.work: Floats = work
-        self.decode_s: Floats = decode_s
+        self.first = ahead
+        self.work = work
+        self.decode_s = decode_s
+
+    def cheapest(self, pools: Pools, rng: random.Random) -> tuple[int, int]:
+        """Work all prices out; return the best slot of each pool."""
+        first_random, second_random = rng.random(), rng.random()
+        view, request = self._view, self._request
+        if view.core.best is None:
+            self._price()
+            # The work counts twice: it takes this request's time, and as much from whoever comes next.
+            prefill = _lowest(self.first + self.work + pools.not_prefill, first_random)
+            return prefill, _lowest(self.decode_s + pools.not_decode, second_random)
+        self.first, self.work, self.decode_s = view.scratch
+        slots, blocks = (b"", b"") if self._held is None else self._held.buffers
+        return view.core.best(
+            view.num_slots,
+            view.table,
+            view.block_size,
+            pools.not_prefill,
+            pools.not_decode,
+            view.scratch,
+            slots,
+            blocks,
+            request.num_tokens,
+            turn_of(request.num_tokens, request.priority),
+            self.gaps,
+            first_random,
+            second_random,
+        )
 
     def depth(self, slot: int) -> int:
         return 0 if self._held is None else self._held.depth(slot)
+
+    def alone(self, pools: Pools, rng: random.Random) -> int:
+        """Return the worker that serves the request soonest all by itself."""
+        self._price()
+        return _lowest(self.both() + pools.not_prefill, rng.random())
 
     def both(self) -> Floats:
         """Return over slots the seconds until one worker has done it all, and what that costs others."""
@@ -101,9 +140,7 @@ class _Offer:
 
     def best(self, pools: Pools, rng: random.Random, local_prefill: bool) -> tuple[int, int]:
         """Return the prefill and the decode worker."""
-        # The work counts twice: it takes this request's time, and as much from whoever comes next.
-        prefill = _lowest(self.first + self.work + pools.not_prefill, rng)
-        decode = _lowest(self.decode_s + pools.not_decode, rng)
+        prefill, decode = self.cheapest(pools, rng)
         if len(pools.local):
             both = self.both()
             alone = int(pools.local[both.take(pools.local).argmin()])
@@ -162,9 +199,9 @@ class _Offer:
         return costs.bare_step_s <= limit * (1 - SPARE) * (1 - share)
 
 
-def _lowest(values: Floats, rng: random.Random) -> int:
-    """Return where the lowest value stands; of equal ones any may be it."""
-    start = int(rng.random() * len(values))
+def _lowest(values: Floats, chance: float) -> int:
+    """Return where the lowest value stands; of equal ones any may be it. chance: random, in [0, 1)."""
+    start = int(chance * len(values))
     at = start + int(values[start:].argmin())
     if start:
         before = int(values[:start].argmin())

@@ -15,7 +15,8 @@ import numpy.typing as npt
 
 from disagg.routing.calibration import Calibration
 from disagg.routing.charges import NOWHERE, Account, Charge
-from disagg.routing.costs import NUM_TURNS, WorkerCosts, turn_of
+from disagg.routing.core import CORE, NUM_COLUMNS, NUM_TURNS, Core
+from disagg.routing.costs import WorkerCosts, turn_of
 from disagg.routing.predictors import Predictor, Predictors
 from disagg.routing.types import PlacementRequest, Prediction, WorkerReport
 from disagg.types import Role, WorkerInfo, WorkerState, WorkerStatus
@@ -37,7 +38,6 @@ class _Column:
         return (view.columns() if view._stale else view._rows)[self._row]
 
 
-_NUM_COLUMNS = 13
 # Most requests end long before max_new_tokens; charging all of it would make every worker look full. So long
 # is an answer taken to be until some have ended,
 EXPECTED_NEW_TOKENS = 256
@@ -84,7 +84,8 @@ class ClusterView:
     to compute of a prompt. What changed is worked out when somebody asks, however often it changed.
     """
 
-    def __init__(self, *, max_charges: int = 100_000) -> None:
+    def __init__(self, *, max_charges: int = 100_000, core: Core = CORE) -> None:
+        self.core = core
         self.version = 0
         self.now = 0.0
         # Slots whose prices are out of date.
@@ -111,16 +112,28 @@ class ClusterView:
     begin_s, token_s, attended_s, step_s, place_s = (_Column(row) for row in range(4, 9))
     token_pull_s, bare_step_s, aside, tightest_s = (_Column(row) for row in range(9, 13))
 
+    @property
+    def table(self) -> Floats:
+        """All columns, shape [NUM_COLUMNS + NUM_TURNS, num_slots]."""
+        self.columns()
+        return self._table
+
+    @property
+    def scratch(self) -> Floats:
+        """Room for a policy's own prices, shape [3, num_slots]; valid until the next placement."""
+        return self._scratch
+
     def shorter(self, turn: int) -> Floats:
         """Return over slots the queued tokens of prompts whose turn is not later."""
-        return self.columns()[_NUM_COLUMNS + turn]
+        return self.columns()[NUM_COLUMNS + turn]
 
     def _allocate(self, size: int) -> None:
         self.kv_total: Floats = np.ones(size)
         self.block_size: Floats = np.ones(size)
         self.max_tokens: Floats = np.zeros(size)
         # One row each, then those of `shorter`.
-        self._table: Floats = np.zeros((_NUM_COLUMNS + NUM_TURNS, size))
+        self._table: Floats = np.zeros((NUM_COLUMNS + NUM_TURNS, size))
+        self._scratch: Floats = np.zeros((3, size))
         self._role: npt.NDArray[np.int8] = np.zeros(size, dtype=np.int8)
         self._ready: npt.NDArray[np.bool_] = np.zeros(size, dtype=np.bool_)
 
@@ -394,7 +407,12 @@ class ClusterView:
     def columns(self) -> list[Floats]:
         """Return all columns, up to date."""
         stale = self._stale
-        if stale:
+        if stale and self.core.write_rows is not None:
+            self.core.write_rows(
+                self._accounts, stale, self.expected_tokens, self.now, self._table, len(self._ready)
+            )
+            stale.clear()
+        elif stale:
             slots = list(stale)
             stale.clear()
             if len(slots) == 1:
@@ -427,6 +445,9 @@ class ClusterView:
     def _priced(self, slot: int) -> WorkerCosts:
         account = self._accounts[slot]
         costs = account.costs
+        if self.core.price is not None:
+            self.core.price(account, self.expected_tokens, self.now)
+            return costs
         sequences, blocks = account.batch_to_come(self.expected_tokens * costs.step_s)
         costs.refresh(
             account.queued_tokens,

@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from disagg.routing.chains import ChainNode
+from disagg.routing.core import CORE, PYTHON, Core
 from disagg.routing.prefix_index import PrefixIndex
 from disagg.routing.types import BlockEvents
 
@@ -63,15 +64,20 @@ class NaiveIndex:
 
 
 @settings(max_examples=300, deadline=None)
-@given(OPERATIONS, st.lists(CHAINS, min_size=1, max_size=5), st.sampled_from([1, 3, 16]))
+@given(
+    OPERATIONS,
+    st.lists(CHAINS, min_size=1, max_size=5),
+    st.sampled_from([1, 3, 16]),
+    st.sampled_from([CORE, PYTHON]),
+)
 def test_index_agrees_with_a_naive_model(
-    operations: list[tuple[str, int, list[int]]], queries: list[list[int]], many: int
+    operations: list[tuple[str, int, list[int]]], queries: list[list[int]], many: int, core: Core
 ) -> None:
-    index, naive = PrefixIndex(), NaiveIndex()
+    index, naive = PrefixIndex(core=core), NaiveIndex()
     named: dict[tuple[int, tuple[int, ...]], list[ChainNode]] = {}
     with pytest.MonkeyPatch.context() as patch:
         # Both ways of holding and of counting holders.
-        patch.setattr("disagg.routing.prefix_index._MANY", many)
+        patch.setattr("disagg.routing.block_table._MANY", many)
         for name, slot, hashes in operations:
             key = slot, tuple(hashes)
             if name == "expect":

@@ -1,0 +1,735 @@
+/* Which workers hold which KV blocks, compiled: the twin of disagg/routing/block_table.py, which tells what each
+   method does. disagg/routing/core.py says when this is used; a test holds the two together.
+
+   A block takes a key of 8 bytes and a set's id of 4. Nothing keeps a borrowed buffer or object beyond a call. */
+
+#define PY_SSIZE_T_CLEAN
+#include <Python.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+#define VERSION 1
+
+/* -- arguments ----------------------------------------------------------------------------------------- */
+
+/* Return the hashes of a sequence in memory that the caller frees; NULL with an exception set. */
+static uint64_t *hashes_of(PyObject *sequence, Py_ssize_t *count)
+{
+    PyObject *fast = PySequence_Fast(sequence, "hashes must be a sequence");
+    if (fast == NULL)
+        return NULL;
+    Py_ssize_t size = PySequence_Fast_GET_SIZE(fast);
+    uint64_t *hashes = PyMem_Malloc((size_t)(size ? size : 1) * sizeof *hashes);
+    if (hashes == NULL)
+        PyErr_NoMemory();
+    for (Py_ssize_t i = 0; hashes != NULL && i < size; i++) {
+        hashes[i] = PyLong_AsUnsignedLongLongMask(PySequence_Fast_GET_ITEM(fast, i));
+        if (hashes[i] == (uint64_t)-1 && PyErr_Occurred()) {
+            PyMem_Free(hashes);
+            hashes = NULL;
+        }
+    }
+    Py_DECREF(fast);
+    *count = size;
+    return hashes;
+}
+
+/* Take a buffer of items of 8 bytes; -1 with an exception set. */
+static int take(PyObject *object, Py_buffer *view)
+{
+    if (PyObject_GetBuffer(object, view, PyBUF_CONTIG_RO) < 0)
+        return -1;
+    if (view->itemsize == 8)
+        return 0;
+    PyBuffer_Release(view);
+    PyErr_SetString(PyExc_ValueError, "an array has the wrong type");
+    return -1;
+}
+
+/* -- BlockTable ---------------------------------------------------------------------------------------- */
+
+#define SHARDS 8192
+#define FIRST_ROOM 8
+#define AHEAD 8
+/* So many slots are sorted; more are found again in order. */
+#define FEW 32
+#define MAX_TAG (1 << 24)
+
+/* Who holds a block: tags in ascending order, shared by all blocks with the same holders. */
+typedef struct {
+    uint32_t refs, count;
+    int32_t tags[];
+} Holders;
+
+/* Open addressing with linear probing. An id of 0 is an empty place. */
+typedef struct {
+    uint64_t *keys;
+    uint32_t *ids;
+    uint32_t room, used;
+} Shard;
+
+typedef struct {
+    PyObject_HEAD
+    Shard *shards;
+    /* By id. What is free holds the next free id, times two plus one. */
+    Holders **sets;
+    uint32_t num_sets, room_sets, free_id;
+    /* Id of the set of one tag alone, by tag; kept for ever. */
+    uint32_t *alone, room_alone;
+    /* By slot, all 0 between calls; and those that are not, during one. */
+    int64_t *depths, *touched;
+    Py_ssize_t room_slots;
+} BlockTable;
+
+static uint32_t place_of(uint64_t key)
+{
+    return (uint32_t)((key * UINT64_C(0x9E3779B97F4A7C15)) >> 32);
+}
+
+static void prefetch(const BlockTable *self, uint64_t key)
+{
+#if defined(__GNUC__)
+    const Shard *shard = &self->shards[key & (SHARDS - 1)];
+    if (shard->room) {
+        uint32_t at = place_of(key) & (shard->room - 1);
+        __builtin_prefetch(&shard->keys[at]);
+        __builtin_prefetch(&shard->ids[at]);
+    }
+#else
+    (void)self, (void)key;
+#endif
+}
+
+/* Return where a key stands, or the empty place where it would; the shard has room. */
+static uint32_t find(const Shard *shard, uint64_t key)
+{
+    uint32_t mask = shard->room - 1, at = place_of(key) & mask;
+    while (shard->ids[at] && shard->keys[at] != key)
+        at = (at + 1) & mask;
+    return at;
+}
+
+static uint32_t look_up(const BlockTable *self, uint64_t key)
+{
+    const Shard *shard = &self->shards[key & (SHARDS - 1)];
+    return shard->used ? shard->ids[find(shard, key)] : 0;
+}
+
+static int grow(Shard *shard)
+{
+    Shard larger = {NULL, NULL, shard->room ? 2 * shard->room : FIRST_ROOM, shard->used};
+    larger.keys = PyMem_Malloc(larger.room * sizeof *larger.keys);
+    larger.ids = PyMem_Calloc(larger.room, sizeof *larger.ids);
+    if (shard->room > UINT32_MAX / 4 || larger.keys == NULL || larger.ids == NULL) {
+        PyMem_Free(larger.keys);
+        PyMem_Free(larger.ids);
+        PyErr_NoMemory();
+        return -1;
+    }
+    for (uint32_t i = 0; i < shard->room; i++)
+        if (shard->ids[i]) {
+            uint32_t at = find(&larger, shard->keys[i]);
+            larger.keys[at] = shard->keys[i];
+            larger.ids[at] = shard->ids[i];
+        }
+    PyMem_Free(shard->keys);
+    PyMem_Free(shard->ids);
+    *shard = larger;
+    return 0;
+}
+
+/* Empty a place, and move up what stands behind it only because the place was taken. */
+static void vacate(Shard *shard, uint32_t at)
+{
+    uint32_t mask = shard->room - 1, next = at;
+    for (;;) {
+        next = (next + 1) & mask;
+        if (!shard->ids[next])
+            break;
+        uint32_t home = place_of(shard->keys[next]) & mask;
+        if (((next - home) & mask) >= ((next - at) & mask)) {
+            shard->keys[at] = shard->keys[next];
+            shard->ids[at] = shard->ids[next];
+            at = next;
+        }
+    }
+    shard->ids[at] = 0;
+    shard->used--;
+}
+
+/* Return the id of a new set with one reference; 0 with an exception set. */
+static uint32_t new_set(BlockTable *self, uint32_t count)
+{
+    Holders *set = PyMem_Malloc(sizeof *set + count * sizeof set->tags[0]);
+    if (set != NULL && !self->free_id && self->num_sets + 1 >= self->room_sets) {
+        uint32_t room = self->room_sets ? 2 * self->room_sets : 1024;
+        Holders **sets = NULL;
+        if (room < (UINT32_C(1) << 30))
+            sets = PyMem_Realloc(self->sets, room * sizeof *sets);
+        if (sets == NULL) {
+            PyMem_Free(set);
+            set = NULL;
+        } else {
+            self->sets = sets;
+            self->room_sets = room;
+        }
+    }
+    if (set == NULL) {
+        PyErr_NoMemory();
+        return 0;
+    }
+    uint32_t id = self->free_id;
+    if (id)
+        self->free_id = (uint32_t)((uintptr_t)self->sets[id] >> 1);
+    else
+        id = ++self->num_sets;
+    set->refs = 1;
+    set->count = count;
+    self->sets[id] = set;
+    return id;
+}
+
+static void release(BlockTable *self, uint32_t id)
+{
+    if (id && --self->sets[id]->refs == 0) {
+        PyMem_Free(self->sets[id]);
+        self->sets[id] = (Holders *)(((uintptr_t)self->free_id << 1) | 1);
+        self->free_id = id;
+    }
+}
+
+static uint32_t share(BlockTable *self, uint32_t id)
+{
+    if (id)
+        self->sets[id]->refs++;
+    return id;
+}
+
+/* Return a new reference to the set of one tag; 0 with an exception set. */
+static uint32_t alone(BlockTable *self, int32_t tag)
+{
+    if ((uint32_t)tag >= self->room_alone) {
+        uint32_t room = self->room_alone ? self->room_alone : 64;
+        while (room <= (uint32_t)tag)
+            room *= 2;
+        uint32_t *more = PyMem_Realloc(self->alone, room * sizeof *more);
+        if (more == NULL) {
+            PyErr_NoMemory();
+            return 0;
+        }
+        memset(more + self->room_alone, 0, (room - self->room_alone) * sizeof *more);
+        self->alone = more;
+        self->room_alone = room;
+    }
+    if (!self->alone[tag]) {
+        uint32_t id = new_set(self, 1);
+        if (!id)
+            return 0;
+        self->sets[id]->tags[0] = tag;
+        self->alone[tag] = id;
+    }
+    return share(self, self->alone[tag]);
+}
+
+/* Return how many of a set's tags are smaller than this one. */
+static uint32_t smaller(const Holders *set, int32_t tag)
+{
+    uint32_t low = 0, high = set->count;
+    while (low < high) {
+        uint32_t middle = (low + high) / 2;
+        if (set->tags[middle] < tag)
+            low = middle + 1;
+        else
+            high = middle;
+    }
+    return low;
+}
+
+/* Return a new reference to a set with (or without) a tag; 0 where nobody is left, or with an exception. */
+static uint32_t changed(BlockTable *self, uint32_t id, int32_t tag, int with)
+{
+    const Holders *set = self->sets[id];
+    uint32_t at = smaller(set, tag), count = set->count;
+    int has = at < count && set->tags[at] == tag;
+    if (has == with)
+        return share(self, id);
+    if (!with && count == 1)
+        return 0;
+    if (!with && count == 2)
+        return alone(self, set->tags[at ? 0 : 1]);
+    uint32_t made = new_set(self, with ? count + 1 : count - 1);
+    if (!made)
+        return 0;
+    set = self->sets[id];
+    int32_t *tags = self->sets[made]->tags;
+    memcpy(tags, set->tags, at * sizeof *tags);
+    if (with) {
+        tags[at] = tag;
+        memcpy(tags + at + 1, set->tags + at, (count - at) * sizeof *tags);
+    } else {
+        memcpy(tags + at, set->tags + at + 1, (count - at - 1) * sizeof *tags);
+    }
+    return made;
+}
+
+/* Add a tag to blocks, or take it away; return how many that changed. */
+static PyObject *change(BlockTable *self, PyObject *args, int with)
+{
+    PyObject *sequence;
+    int tag;
+    Py_ssize_t count, moved = 0;
+    if (!PyArg_ParseTuple(args, "Oi", &sequence, &tag))
+        return NULL;
+    if (tag < 0 || tag > MAX_TAG)
+        return PyErr_Format(PyExc_ValueError, "tag %d is out of range", tag);
+    uint64_t *hashes = hashes_of(sequence, &count);
+    if (hashes == NULL)
+        return NULL;
+    uint32_t mine = with ? alone(self, tag) : 0;
+    /* Blocks of one sequence have the same holders, more often than not. */
+    uint32_t known = 0, next = 0;
+    for (Py_ssize_t i = 0; i < count && !PyErr_Occurred(); i++) {
+        if (i + AHEAD < count)
+            prefetch(self, hashes[i + AHEAD]);
+        Shard *shard = &self->shards[hashes[i] & (SHARDS - 1)];
+        uint32_t at = shard->used ? find(shard, hashes[i]) : 0;
+        uint32_t id = shard->used ? shard->ids[at] : 0;
+        if (!id) {
+            if (!with)
+                continue;
+            if ((uint64_t)(shard->used + 1) * 4 > (uint64_t)shard->room * 3 && grow(shard) < 0)
+                break;
+            at = find(shard, hashes[i]);
+            shard->keys[at] = hashes[i];
+            shard->ids[at] = share(self, mine);
+            shard->used++;
+            moved++;
+            continue;
+        }
+        if (id != known) {
+            uint32_t other = changed(self, id, tag, with);
+            if (!other && PyErr_Occurred())
+                break;
+            release(self, known);
+            release(self, next);
+            known = share(self, id);
+            next = other;
+        }
+        if (next == id)
+            continue;
+        moved++;
+        release(self, id);
+        if (next)
+            shard->ids[at] = share(self, next);
+        else
+            vacate(shard, at);
+    }
+    release(self, known);
+    release(self, next);
+    release(self, mine);
+    PyMem_Free(hashes);
+    return PyErr_Occurred() ? NULL : PyLong_FromSsize_t(moved);
+}
+
+static PyObject *table_store(BlockTable *self, PyObject *args)
+{
+    return change(self, args, 1);
+}
+
+static PyObject *table_remove(BlockTable *self, PyObject *args)
+{
+    return change(self, args, 0);
+}
+
+static Shard *shard_of(BlockTable *self, int number)
+{
+    if (number >= 0 && number < SHARDS)
+        return &self->shards[number];
+    PyErr_Format(PyExc_IndexError, "there is no shard %d", number);
+    return NULL;
+}
+
+/* Take the tags whose `lost` is not negative out of a shard, and count there what each has lost. */
+static int strip(BlockTable *self, Shard *shard, int64_t *lost, uint32_t num_tags)
+{
+    for (uint32_t i = 0; i < shard->room;) {
+        const Holders *set = shard->ids[i] ? self->sets[shard->ids[i]] : NULL;
+        uint32_t left = shard->ids[i] ? share(self, shard->ids[i]) : 0;
+        for (uint32_t j = 0; set != NULL && j < set->count; j++) {
+            int32_t tag = set->tags[j];
+            if ((uint32_t)tag >= num_tags || lost[tag] < 0)
+                continue;
+            uint32_t fewer = changed(self, left, tag, 0);
+            if (!fewer && PyErr_Occurred()) {
+                release(self, left);
+                return -1;
+            }
+            lost[tag]++;
+            release(self, left);
+            left = fewer;
+        }
+        release(self, shard->ids[i]);
+        if (set == NULL || left) {
+            shard->ids[i++] = left;
+        } else {
+            vacate(shard, i); /* another one may stand here now */
+        }
+    }
+    return 0;
+}
+
+static PyObject *table_strip(BlockTable *self, PyObject *args)
+{
+    int number;
+    PyObject *tags, *taken = NULL;
+    if (!PyArg_ParseTuple(args, "iO", &number, &tags))
+        return NULL;
+    Shard *shard = shard_of(self, number);
+    PyObject *fast = shard == NULL ? NULL : PySequence_Fast(tags, "tags must be a sequence");
+    if (fast == NULL)
+        return NULL;
+    uint32_t num_tags = self->room_alone; /* no larger tag was ever stored */
+    int64_t *lost = PyMem_Malloc((num_tags ? num_tags : 1) * sizeof *lost);
+    if (lost == NULL) {
+        Py_DECREF(fast);
+        return PyErr_NoMemory();
+    }
+    memset(lost, 0xff, num_tags * sizeof *lost);
+    for (Py_ssize_t i = 0; i < PySequence_Fast_GET_SIZE(fast) && !PyErr_Occurred(); i++) {
+        long tag = PyLong_AsLong(PySequence_Fast_GET_ITEM(fast, i));
+        if (tag >= 0 && tag < (long)num_tags)
+            lost[tag] = 0;
+    }
+    Py_DECREF(fast);
+    if (!PyErr_Occurred() && strip(self, shard, lost, num_tags) == 0)
+        taken = PyDict_New();
+    for (uint32_t tag = 0; taken != NULL && tag < num_tags; tag++)
+        if (lost[tag] > 0) {
+            PyObject *key = PyLong_FromUnsignedLong(tag), *value = PyLong_FromLongLong(lost[tag]);
+            if (key == NULL || value == NULL || PyDict_SetItem(taken, key, value) < 0)
+                Py_CLEAR(taken);
+            Py_XDECREF(key);
+            Py_XDECREF(value);
+        }
+    PyMem_Free(lost);
+    return taken;
+}
+
+static PyObject *table_items(BlockTable *self, PyObject *args)
+{
+    int number;
+    if (!PyArg_ParseTuple(args, "i", &number))
+        return NULL;
+    Shard *shard = shard_of(self, number);
+    PyObject *items = shard == NULL ? NULL : PyList_New(0);
+    for (uint32_t i = 0; items != NULL && i < shard->room; i++) {
+        if (!shard->ids[i])
+            continue;
+        const Holders *set = self->sets[shard->ids[i]];
+        PyObject *tags = PyTuple_New(set->count);
+        for (uint32_t j = 0; tags != NULL && j < set->count; j++) {
+            PyObject *tag = PyLong_FromLong(set->tags[j]);
+            if (tag == NULL)
+                Py_CLEAR(tags);
+            else
+                PyTuple_SET_ITEM(tags, j, tag);
+        }
+        PyObject *item = tags == NULL ? NULL : Py_BuildValue("KN", (unsigned long long)shard->keys[i], tags);
+        if (item == NULL || PyList_Append(items, item) < 0)
+            Py_CLEAR(items);
+        Py_XDECREF(item);
+    }
+    return items;
+}
+
+static PyObject *table_size_of(BlockTable *self, PyObject *args)
+{
+    int number;
+    if (!PyArg_ParseTuple(args, "i", &number))
+        return NULL;
+    Shard *shard = shard_of(self, number);
+    return shard == NULL ? NULL : PyLong_FromUnsignedLong(shard->used);
+}
+
+static Py_ssize_t table_length(BlockTable *self)
+{
+    Py_ssize_t total = 0;
+    for (int i = 0; i < SHARDS; i++)
+        total += self->shards[i].used;
+    return total;
+}
+
+/* -- who holds the blocks of a prompt ------------------------------------------------------------------ */
+
+typedef struct {
+    BlockTable *table;
+    int64_t start, end;
+    Py_ssize_t num_slots, num_touched;
+    int going;
+} Walk;
+
+/* A worker holds the blocks up to walk->end, if it holds those up to walk->start. */
+static int reach(Walk *walk, int64_t slot)
+{
+    if (slot < 0)
+        return 0;
+    if (slot >= walk->num_slots) {
+        PyErr_Format(PyExc_ValueError, "slot %lld is out of range", (long long)slot);
+        return -1;
+    }
+    int64_t *depth = &walk->table->depths[slot];
+    if (*depth == walk->start) {
+        if (!*depth)
+            walk->table->touched[walk->num_touched++] = slot;
+        *depth = walk->end;
+        walk->going = 1;
+    }
+    return 0;
+}
+
+static int reach_all(Walk *walk, uint32_t id, PyObject *expected, const Py_buffer *slot_of)
+{
+    const Holders *set = id ? walk->table->sets[id] : NULL;
+    const int64_t *slots = slot_of->buf;
+    for (uint32_t i = 0; set != NULL && i < set->count; i++)
+        if (set->tags[i] < slot_of->len / 8 && reach(walk, slots[set->tags[i]]) < 0)
+            return -1;
+    PyObject *key, *value;
+    Py_ssize_t position = 0;
+    while (expected != NULL && PyDict_Next(expected, &position, &key, &value)) {
+        int64_t slot = PyLong_AsLongLong(key);
+        if ((slot == -1 && PyErr_Occurred()) || reach(walk, slot) < 0)
+            return -1;
+    }
+    return 0;
+}
+
+/* Fill in which runs of blocks have the same holders; return how many runs. See BlockTable.held. */
+static Py_ssize_t runs_of(const BlockTable *self, const uint64_t *hashes, Py_ssize_t count, Py_ssize_t expected,
+                          Py_ssize_t *ends, uint32_t *ids)
+{
+    Py_ssize_t runs = 0;
+    uint32_t last = 0;
+    for (Py_ssize_t i = 0; i < count && i < AHEAD; i++)
+        prefetch(self, hashes[i]);
+    for (Py_ssize_t depth = 0; depth < count; depth++) {
+        if (depth + AHEAD < count)
+            prefetch(self, hashes[depth + AHEAD]);
+        uint32_t id = look_up(self, hashes[depth]);
+        if (id != last) {
+            if (depth) {
+                ends[runs] = depth;
+                ids[runs++] = last;
+            }
+            last = id;
+        }
+        if (!id && depth >= expected)
+            return runs;
+    }
+    if (count) {
+        ends[runs] = count;
+        ids[runs++] = last;
+    }
+    return runs;
+}
+
+static int depth_in(PyObject *path, Py_ssize_t at, Py_ssize_t *depth, PyObject **expected)
+{
+    PyObject *step = PyList_GET_ITEM(path, at);
+    if (!PyTuple_Check(step) || PyTuple_GET_SIZE(step) != 2 || !PyDict_Check(PyTuple_GET_ITEM(step, 1))) {
+        PyErr_SetString(PyExc_TypeError, "a path consists of (depth, counts)");
+        return -1;
+    }
+    *expected = PyTuple_GET_ITEM(step, 1);
+    *depth = PyLong_AsSsize_t(PyTuple_GET_ITEM(step, 0));
+    return *depth == -1 && PyErr_Occurred() ? -1 : 0;
+}
+
+/* Walk runs and path together, cut at each other's depths. */
+static int walk_down(Walk *walk, PyObject *path, const Py_ssize_t *ends, const uint32_t *ids, Py_ssize_t runs,
+                     const Py_buffer *slot_of)
+{
+    Py_ssize_t i = 0, j = 0, steps = PyList_GET_SIZE(path), depth = 0;
+    PyObject *expected = NULL;
+    while (i < runs || j < steps) {
+        if (j < steps && depth_in(path, j, &depth, &expected) < 0)
+            return -1;
+        Py_ssize_t end = i < runs ? ends[i] : depth;
+        if (j < steps && depth < end)
+            end = depth;
+        walk->end = end;
+        walk->going = 0;
+        if (reach_all(walk, i < runs ? ids[i] : 0, j < steps ? expected : NULL, slot_of) < 0)
+            return -1;
+        if (!walk->going)
+            return 0;
+        walk->start = end;
+        if (i < runs && ends[i] == end)
+            i++;
+        if (j < steps && depth == end)
+            j++;
+    }
+    return 0;
+}
+
+static int by_value(const void *a, const void *b)
+{
+    int64_t x = *(const int64_t *)a, y = *(const int64_t *)b;
+    return (x > y) - (x < y);
+}
+
+/* Return (slots, depths) as bytes of int64, and leave the scratch as it was. */
+static PyObject *found(Walk *walk)
+{
+    BlockTable *self = walk->table;
+    Py_ssize_t size = walk->num_touched * (Py_ssize_t)sizeof(int64_t);
+    PyObject *slots = NULL, *depths = NULL, *both = NULL;
+    if (walk->num_touched <= FEW) {
+        qsort(self->touched, (size_t)walk->num_touched, sizeof(int64_t), by_value);
+    } else {
+        Py_ssize_t at = 0;
+        for (Py_ssize_t slot = 0; slot < walk->num_slots; slot++)
+            if (self->depths[slot])
+                self->touched[at++] = slot;
+    }
+    slots = PyBytes_FromStringAndSize((const char *)self->touched, size);
+    depths = PyBytes_FromStringAndSize(NULL, size);
+    for (Py_ssize_t i = 0; i < walk->num_touched; i++) {
+        int64_t *depth = &self->depths[self->touched[i]];
+        if (depths != NULL)
+            memcpy(PyBytes_AS_STRING(depths) + i * (Py_ssize_t)sizeof *depth, depth, sizeof *depth);
+        *depth = 0;
+    }
+    if (slots != NULL && depths != NULL)
+        both = PyTuple_Pack(2, slots, depths);
+    Py_XDECREF(slots);
+    Py_XDECREF(depths);
+    return both;
+}
+
+static int make_slots(BlockTable *self, Py_ssize_t count)
+{
+    if (count <= self->room_slots)
+        return 0;
+    int64_t *depths = PyMem_Calloc((size_t)count, sizeof *depths);
+    int64_t *touched = PyMem_Calloc((size_t)count, sizeof *touched);
+    if (depths == NULL || touched == NULL) {
+        PyMem_Free(depths);
+        PyMem_Free(touched);
+        PyErr_NoMemory();
+        return -1;
+    }
+    PyMem_Free(self->depths);
+    PyMem_Free(self->touched);
+    self->depths = depths;
+    self->touched = touched;
+    self->room_slots = count;
+    return 0;
+}
+
+static PyObject *table_held(BlockTable *self, PyObject *args)
+{
+    PyObject *sequence, *path, *slots, *result = NULL;
+    Py_ssize_t num_slots, count, expected = 0;
+    PyObject *counts;
+    Py_buffer slot_of;
+    if (!PyArg_ParseTuple(args, "OO!On", &sequence, &PyList_Type, &path, &slots, &num_slots))
+        return NULL;
+    if (num_slots < 0)
+        return PyErr_Format(PyExc_ValueError, "num_slots is negative");
+    if (PyList_GET_SIZE(path) && depth_in(path, PyList_GET_SIZE(path) - 1, &expected, &counts) < 0)
+        return NULL;
+    if (make_slots(self, num_slots) < 0 || take(slots, &slot_of) < 0)
+        return NULL;
+    uint64_t *hashes = hashes_of(sequence, &count);
+    Py_ssize_t *ends = PyMem_Malloc((size_t)(hashes && count ? count : 1) * sizeof *ends);
+    uint32_t *ids = PyMem_Malloc((size_t)(hashes && count ? count : 1) * sizeof *ids);
+    if (hashes != NULL && ends != NULL && ids != NULL) {
+        Walk walk = {self, 0, 0, num_slots, 0, 0};
+        Py_ssize_t runs = runs_of(self, hashes, count, expected, ends, ids);
+        int failed = walk_down(&walk, path, ends, ids, runs, &slot_of) < 0;
+        if (failed || !walk.num_touched) {
+            for (Py_ssize_t i = 0; i < walk.num_touched; i++)
+                self->depths[self->touched[i]] = 0;
+            result = failed ? NULL : Py_NewRef(Py_None);
+        } else {
+            result = found(&walk);
+        }
+    } else if (!PyErr_Occurred()) {
+        PyErr_NoMemory();
+    }
+    PyMem_Free(hashes);
+    PyMem_Free(ends);
+    PyMem_Free(ids);
+    PyBuffer_Release(&slot_of);
+    return result;
+}
+
+static PyObject *table_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
+{
+    if (PyTuple_GET_SIZE(args) || (kwargs != NULL && PyDict_GET_SIZE(kwargs)))
+        return PyErr_Format(PyExc_TypeError, "BlockTable takes no arguments");
+    BlockTable *self = (BlockTable *)type->tp_alloc(type, 0);
+    if (self == NULL)
+        return NULL;
+    self->shards = PyMem_Calloc(SHARDS, sizeof *self->shards);
+    if (self->shards == NULL) {
+        Py_DECREF(self);
+        return PyErr_NoMemory();
+    }
+    return (PyObject *)self;
+}
+
+static void table_dealloc(BlockTable *self)
+{
+    for (int i = 0; self->shards != NULL && i < SHARDS; i++) {
+        PyMem_Free(self->shards[i].keys);
+        PyMem_Free(self->shards[i].ids);
+    }
+    for (uint32_t id = 1; id <= self->num_sets; id++)
+        if (!((uintptr_t)self->sets[id] & 1))
+            PyMem_Free(self->sets[id]);
+    PyMem_Free(self->shards);
+    PyMem_Free(self->sets);
+    PyMem_Free(self->alone);
+    PyMem_Free(self->depths);
+    PyMem_Free(self->touched);
+    Py_TYPE(self)->tp_free((PyObject *)self);
+}
+
+static PyMethodDef table_methods[] = {
+    {"store", (PyCFunction)table_store, METH_VARARGS, NULL},
+    {"remove", (PyCFunction)table_remove, METH_VARARGS, NULL},
+    {"strip", (PyCFunction)table_strip, METH_VARARGS, NULL},
+    {"items", (PyCFunction)table_items, METH_VARARGS, NULL},
+    {"size_of", (PyCFunction)table_size_of, METH_VARARGS, NULL},
+    {"held", (PyCFunction)table_held, METH_VARARGS, NULL},
+    {NULL, NULL, 0, NULL},
+};
+
+static PySequenceMethods table_sequence = {.sq_length = (lenfunc)table_length};
+
+static PyTypeObject BlockTableType = {
+    PyVarObject_HEAD_INIT(NULL, 0)
+    .tp_name = "disagg.routing._blocks.BlockTable",
+    .tp_basicsize = sizeof(BlockTable),
+    .tp_flags = Py_TPFLAGS_DEFAULT,
+    .tp_doc = "See disagg.routing.block_table.",
+    .tp_new = table_new,
+    .tp_dealloc = (destructor)table_dealloc,
+    .tp_methods = table_methods,
+    .tp_as_sequence = &table_sequence,
+};
+
+static struct PyModuleDef module = {PyModuleDef_HEAD_INIT, "_blocks", NULL, -1, NULL, NULL, NULL, NULL, NULL};
+
+PyMODINIT_FUNC PyInit__blocks(void)
+{
+    PyObject *made = PyType_Ready(&BlockTableType) < 0 ? NULL : PyModule_Create(&module);
+    if (made == NULL || PyModule_AddObjectRef(made, "BlockTable", (PyObject *)&BlockTableType) < 0 ||
+        PyModule_AddIntConstant(made, "VERSION", VERSION) < 0 ||
+        PyModule_AddIntConstant(made, "SHARDS", SHARDS) < 0)
+        Py_CLEAR(made);
+    return made;
+}

@@ -1,0 +1,162 @@
+"""The compiled core against its twin in Python: the same placements to the last bit, and the same blocks."""
+
+from __future__ import annotations
+
+import os
+import random
+import subprocess
+import sys
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from disagg.config import RouterConfig
+from disagg.routing.core import COMPILED, CORE, PYTHON, Core
+from disagg.routing.router import Router
+from disagg.routing.types import BlockEvents, StepSample
+from disagg.types import Role, WorkerLoad, WorkerStatus
+from tests.unit.routing.routing_fakes import report, request
+
+needs_core = pytest.mark.skipif(COMPILED is None, reason="no C compiler was there when this was installed")
+
+
+class Story:
+    """A cluster's made-up life: reports, placements and ends, the same for every router of one seed."""
+
+    def __init__(self, core: Core, policy: str, seed: int, num_workers: int, *, degraded: bool) -> None:
+        config = RouterConfig.model_validate({"policy": policy})
+        self.router = Router(config, random.Random(seed), core=core, max_index_entries=3000)
+        self.rng = random.Random(seed)
+        self.roles = [Role.DECODE if degraded else self.rng.choice(list(Role)) for _ in range(num_workers)]
+        self.sequence = [0] * num_workers
+        self.alive: list[str] = []
+        self.told: list[Any] = []
+        self.now = 0.0
+
+    def chain(self) -> list[int]:
+        path = [self.rng.randrange(2) for _ in range(self.rng.randrange(1, 9))]
+        return [hash((17, *path[: end + 1])) % 2**64 for end in range(len(path))]
+
+    def report(self) -> None:
+        number, rng = self.rng.randrange(len(self.roles)), self.rng
+        snapshot = self.sequence[number] == 0 or rng.random() < 0.05
+        events = BlockEvents(self.sequence[number], self.chain(), self.chain()[-2:], snapshot=snapshot)
+        self.sequence[number] += 1
+        streams = rng.randrange(9)
+        steps = [
+            StepSample(0.02 * rng.uniform(0.9, 1.1), num_tokens=100, attended=5000),
+            StepSample(0.01 + 1e-3 * streams, num_decodes=streams + 1, context=100 * streams),
+        ]
+        load = WorkerLoad(streams, 0, waiting_tokens=rng.randrange(900), kv_blocks_used=rng.randrange(999))
+        status = WorkerStatus.DRAINING if rng.random() < 0.05 else WorkerStatus.READY
+        item = report(f"w{number}", self.roles[number], status=status, load=load, blocks=events, steps=steps)
+        self.told.append(self.router.worker_report(item, self.now))
+
+    def place(self, number: int) -> None:
+        rng, hashes = self.rng, self.chain()
+        wanted = request(
+            f"r{number}",
+            num_tokens=16 * len(hashes) + rng.randrange(400),
+            block_hashes=tuple(hashes),
+            priority=rng.choice([0, 0, 0, 1, -1]),
+            slo_ttft_s=rng.choice([None, 0.05, 1.0]),
+            slo_tpot_s=rng.choice([None, 0.015, 0.1]),
+        )
+        if len(self.router.view.pools().ready):
+            self.told.append(asdict(self.router.place(wanted, self.now)))
+            self.alive.append(wanted.request_id)
+
+    def run(self, steps: int) -> None:
+        for _ in range(2 * len(self.roles)):
+            self.report()
+        for number in range(steps):
+            self.now += 0.01
+            kind = self.rng.random()
+            if kind < 0.25:
+                self.report()
+            elif kind < 0.7:
+                self.place(number)
+            elif self.alive and kind < 0.85:
+                self.router.prefilled(self.rng.choice(self.alive), self.now)
+            elif self.alive and kind < 0.98:
+                ended = self.alive.pop(self.rng.randrange(len(self.alive)))
+                self.router.finished(ended, self.now, self.rng.randrange(40))
+            elif self.rng.random() < 0.5:
+                gone = self.rng.randrange(len(self.roles))
+                self.router.worker_left(f"w{gone}", "one")
+                self.sequence[gone] = 0
+        self.router.index.check_integrity()
+        self.router.view.check_integrity()
+
+
+@needs_core
+@settings(max_examples=40, deadline=None)
+@given(
+    st.sampled_from(["slo", "slo", "prefix_aware"]),
+    st.integers(0, 10**6),
+    st.integers(1, 40),
+    st.booleans(),
+)
+def test_compiled_and_python_decide_the_same(policy: str, seed: int, workers: int, degraded: bool) -> None:
+    stories = [Story(core, policy, seed, workers, degraded=degraded) for core in (CORE, PYTHON)]
+    for story in stories:
+        story.run(60)
+    compiled, python = stories
+    assert compiled.told == python.told
+    assert np.array_equal(compiled.router.view.table, python.router.view.table)
+    assert len(compiled.router.index) == len(python.router.index)
+    assert compiled.router.index.num_blocks == python.router.index.num_blocks
+
+
+@needs_core
+def test_the_compiled_core_refuses_what_does_not_fit() -> None:
+    assert CORE.best is not None and CORE.write_rows is not None and CORE.price is not None
+    table = CORE.make_table()
+    slots = np.zeros(4, dtype=np.int64)
+    for call in (
+        lambda: table.store([1], -1),
+        lambda: table.store([1], 2**30),
+        lambda: table.held([1], [], slots, -1),
+        lambda: table.held([1], [], np.zeros(4, dtype=np.int32), 4),
+    ):
+        with pytest.raises(ValueError):
+            call()
+    for call in (lambda: table.strip(8192, [1]), lambda: table.items(-1), lambda: table.size_of(8192)):
+        with pytest.raises(IndexError):
+            call()
+    for call in (
+        lambda: table.store(["a"], 1),  # type: ignore[list-item]
+        lambda: table.held([1], [(1, 2)], slots, 4),  # type: ignore[list-item]
+        lambda: CORE.price and CORE.price(object(), 1.0, 0.0),
+    ):
+        with pytest.raises(TypeError):
+            call()
+    table.store([1], 3)
+    with pytest.raises(ValueError):
+        table.held([1], [], np.full(4, 9, dtype=np.int64), 4)
+    assert table.held([1], [], np.arange(4, dtype=np.int64), 4) is not None
+    size = 4
+    arrays = [np.zeros((24, size)), np.ones(size), np.zeros(size), np.zeros(size), np.zeros((3, size))]
+    inside: list[Any] = [size, *arrays, b"", b"", 10.0, 1, 1.0, 0.5, 0.5]
+    assert CORE.best(*inside) == (2, 2)
+    for at, wrong in ((0, 5), (0, 0), (1, np.zeros((23, size))), (5, np.zeros((3, size), dtype=np.int64))):
+        with pytest.raises(ValueError):
+            CORE.best(*inside[:at], wrong, *inside[at + 1 :])
+    for at, wrong in ((9, 11), (9, -1), (11, 1.0), (12, -0.1)):
+        with pytest.raises(ValueError):
+            CORE.best(*inside[:at], wrong, *inside[at + 1 :])
+    with pytest.raises(IndexError):
+        CORE.best(*inside[:6], np.array([size]), np.array([1]), *inside[8:])
+    with pytest.raises(IndexError):
+        CORE.write_rows([], {3}, 1.0, 0.0, arrays[0], size)
+
+
+def test_python_alone_serves_too() -> None:
+    code = "from disagg.routing.core import CORE; from disagg.routing.router import Router; print(CORE.name)"
+    environment = {**os.environ, "DISAGG_ROUTER_CORE": "python"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, check=True)
+    assert done.stdout.strip() == b"python"
