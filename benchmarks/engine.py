@@ -22,6 +22,7 @@ import resource
 import shlex
 import statistics
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -29,7 +30,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 from rich.console import Console
@@ -45,6 +46,8 @@ from disagg.model.native.decoder import NativeDecoder
 from disagg.model.runner import ModelRunner, load_runner
 from disagg.types import Request, SampledToken, SamplingParams
 
+# Of engine_device.py alone.
+ONLY_ON_GPU = ("qwen3-8b",)
 SHAPES: dict[str, dict[str, int | float | bool]] = {
     "llama-81m": {
         "hidden_size": 768,
@@ -517,6 +520,11 @@ def run_peer(command: str | None, folder: Path) -> dict[str, float]:
     return figures
 
 
+def console_of(stream: TextIO) -> Console:
+    """Return a console that cuts no table to a width which a pipe does not have."""
+    return Console(file=stream, width=None if stream.isatty() else 120)
+
+
 def print_table(rows: list[dict[str, Any]], machine: dict[str, Any], console: Console) -> None:
     table = Table(
         "what",
@@ -555,7 +563,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--shape", choices=SHAPES, default="llama-81m")
+    parser.add_argument("--shape", choices=(*SHAPES, *ONLY_ON_GPU), default="llama-81m")
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--only", default="", help="rows whose names contain this")
@@ -568,7 +576,10 @@ def parse_arguments() -> argparse.Namespace:
         choices=("cpu", "cuda"),
         help="measure the GPU's engine, see engine_device.py; cpu runs it tiny, under Triton's interpreter",
     )
-    return parser.parse_args()
+    arguments = parser.parse_args()
+    if arguments.device is None and arguments.shape in ONLY_ON_GPU:
+        parser.error(f"--shape {arguments.shape} needs --device cuda")
+    return arguments
 
 
 def measure(
@@ -604,7 +615,7 @@ def measure_device(arguments: argparse.Namespace) -> None:
 
     shapes = [name for name in engine_device.SHAPES if name == arguments.shape] or list(engine_device.SHAPES)
     machine, rows = engine_device.measure(torch.device(arguments.device), shapes, arguments.runs)
-    print_table(rows, machine, Console())
+    print_table(rows, machine, console_of(sys.stdout))
     if arguments.json is not None:
         arguments.json.write_text(json.dumps({"machine": machine, "rows": rows}, indent=2) + "\n")
 
@@ -616,7 +627,7 @@ def main() -> None:
         return
     torch.set_num_threads(arguments.threads)
     machine = {**describe_machine(), "threads": arguments.threads, "shape": arguments.shape}
-    console = Console()
+    console = console_of(sys.stdout)
     with tempfile.TemporaryDirectory() as folder:
         rows, measured = measure(arguments, Path(folder), Console(stderr=True))
     print_table(rows, machine, console)

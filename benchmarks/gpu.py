@@ -22,14 +22,16 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
+SHAPES = ("llama-3.2-1b", "qwen3-8b", "llama-3.1-8b")
 # Together below ten minutes. The tests come last: a kernel is compared with its peer before it is timed.
-LIMITS_S = {"engine": 240, "kernels": 150, "tests": 180}
+LIMITS_S = {**{f"engine/{shape}": 80 for shape in SHAPES}, "engine": 80, "kernels": 150, "tests": 180}
 
 
 def commands(smoke: bool, folder: Path) -> dict[str, list[str]]:
-    """Return what each part runs; it writes folder/NAME.json."""
+    """Return what each part runs; it writes output_of(part, folder)."""
     device, python = "cpu" if smoke else "cuda", sys.executable
-    tests = ["test_kernels_tiling.py"] if smoke else [
+    # The interpreter runs the kernels' tests in `make test` already.
+    tests = [] if smoke else [
         f"test_kernels_{name}.py"
         for name in ("elementwise", "sampling", "eligibility", "block_copy", "decode_attention",
                      "prefill_attention")
@@ -38,14 +40,21 @@ def commands(smoke: bool, folder: Path) -> dict[str, list[str]]:
     kernels = [python, "benchmarks/kernels.py", "--device", device]
     if smoke:
         kernels += ["--runs", "1", "--only", "block"]
+    engines = {"engine": engine} if smoke else {
+        f"engine/{shape}": [*engine, "--shape", shape] for shape in SHAPES
+    }  # fmt: skip
     return {
-        "engine": [*engine, "--json", str(folder / "engine.json")],
-        "kernels": [*kernels, "--json", str(folder / "kernels.json")],
+        **{part: [*command, "--json", str(output_of(part, folder))] for part, command in engines.items()},
+        "kernels": [*kernels, "--json", str(output_of("kernels", folder))],
         "tests": [
             *(python, "-m", "pytest", "-x", "tests/unit/transfer/test_cuda_ipc.py"),
             *(f"tests/unit/model/{name}" for name in tests),
         ],
     }
+
+
+def output_of(part: str, folder: Path) -> Path:
+    return folder / f"{part.replace('/', '-')}.json"
 
 
 def run(command: list[str], limit_s: float) -> dict[str, Any]:
@@ -70,8 +79,8 @@ def merged(folder: Path, parts: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """Return the parts' rows together; the machine is described once."""
     machine: dict[str, Any] = {}
     rows: list[dict[str, Any]] = []
-    for name in ("kernels", "engine"):
-        path = folder / f"{name}.json"
+    for name in parts:
+        path = output_of(name, folder)
         if path.exists():
             report = json.loads(path.read_text())
             machine, rows = machine | report["machine"], rows + report["rows"]

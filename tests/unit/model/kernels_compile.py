@@ -1,5 +1,7 @@
 """Compiles every kernel for a Hopper GPU without one, through the wrappers; run by test_kernels_compile.py.
 
+--all: attention in every type of cache too.
+
 The interpreter takes programs that the compiler refuses (types that change in a loop, shapes unlike each
 other), so equality under it alone says little about a GPU. Prints a JSON list of what was compiled.
 """
@@ -8,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import sys
 from typing import Any
 
 import torch
@@ -109,9 +112,11 @@ def main() -> None:
     compiler.install()
     assert not triton.knobs.runtime.interpret
     attention(torch.bfloat16, torch.bfloat16, 128, None)
-    attention(torch.bfloat16, FP8_DTYPE, 80, 1000)
-    attention(torch.float32, torch.float32, 64, None)
     elementwise()
+    if "--all" in sys.argv:
+        attention(torch.bfloat16, FP8_DTYPE, 80, 1000)
+        attention(torch.float16, torch.float16, 256, None)
+        attention(torch.float32, torch.float32, 64, None)
     print(json.dumps(compiler.kernels))
 
 

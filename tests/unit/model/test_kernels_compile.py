@@ -8,16 +8,19 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 HOPPER_SHARED_BYTES = 232_448
 ROOT = Path(__file__).resolve().parents[3]
 
 
-def test_all_kernels_compile_for_hopper(tmp_path: Path) -> None:
+@pytest.mark.parametrize("more", [[], pytest.param(["--all"], marks=pytest.mark.slow)])
+def test_all_kernels_compile_for_hopper(more: list[str], tmp_path: Path) -> None:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment |= {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
     script = Path(__file__).with_name("kernels_compile.py")
     result = subprocess.run(
-        [sys.executable, str(script)], env=environment, capture_output=True, text=True, timeout=280
+        [sys.executable, str(script), *more], env=environment, capture_output=True, text=True, timeout=280
     )
     assert result.returncode == 0, result.stderr[-4000:]
     kernels = json.loads(result.stdout.splitlines()[-1])

@@ -72,7 +72,14 @@ def generate(runner: ModelRunner, params: SamplingParams, *, abort: str = "") ->
     return tokens
 
 
-@pytest.mark.parametrize(("name", "size"), [("llama_mha", 2), ("llama_gqa_tied", 4)])
+@pytest.mark.parametrize(
+    ("name", "size"),
+    [
+        ("llama_gqa_tied", 2),
+        pytest.param("llama_mha", 2, marks=pytest.mark.slow),
+        pytest.param("llama_gqa_tied", 4, marks=pytest.mark.slow),
+    ],
+)
 def test_tokens_do_not_depend_on_the_number_of_ranks(name, size, checkpoint):
     _, folder = checkpoint(name)
     greedy = SamplingParams(temperature=0.0, max_tokens=12)
@@ -177,14 +184,14 @@ def test_no_rank_outlives_a_killed_worker(checkpoint):
         "from disagg.config import EngineConfig\n"
         "from disagg.model.runner import load_runner\n"
         "config = EngineConfig(num_kv_blocks=16)\n"
-        "runner = load_runner(Path(sys.argv[1]), config, num_threads=1, tensor_parallel_size=4)\n"
+        "runner = load_runner(Path(sys.argv[1]), config, num_threads=1, tensor_parallel_size=2)\n"
         "print(*runner.ranks.pids, flush=True)\n"
         "time.sleep(600)\n"
     )
     folder = str(checkpoint("llama_mha")[1])
     with subprocess.Popen([sys.executable, "-c", program, folder], stdout=subprocess.PIPE) as process:
         pids = [int(pid) for pid in process.stdout.readline().split()]
-        assert len(pids) == 3 and all(alive(pid) for pid in pids)
+        assert len(pids) == 1 and all(alive(pid) for pid in pids)
         process.kill()
     wait_gone(pids)
 
