@@ -27,6 +27,9 @@ from disagg.types import KVLayout
 
 log = logging.getLogger(__name__)
 
+# Prefill attention's tiles follow the powers of two up to 128 rows; a GQA group shares a token's rows.
+CHUNKS_TO_COMPILE = (2, 4, 8, 16, 32, 64, 128)
+
 
 class DeviceMemory(Protocol):
     """What is known of a device's memory."""
@@ -100,6 +103,9 @@ def step_needs(decoder: Decoder, trial: KVCache, engine_config: EngineConfig, me
     """Return the bytes that steps take beside the cache: those of the largest, and those that graphs keep."""
     tokens = engine_config.max_num_batched_tokens
     seqs = min(engine_config.max_num_seqs, tokens)
+    # Chunks of other lengths have kernels of their own: compiled now, not while a first request waits for it.
+    for length in CHUNKS_TO_COMPILE:
+        decoder.forward(trial_step(min(length, tokens), 1, trial.block_size), trial)
     largest = trial_step(tokens, seqs, trial.block_size)
     decodes = trial_step(seqs, seqs, trial.block_size)
     needs = [

@@ -56,6 +56,7 @@ class DeviceRunner(ModelRunner):
         self._device_sampler = DeviceSampler(self.spec.vocab_size, self.eos_token_ids, decoder.drawn)
         if capture is not None or self._device.type == "cuda":
             with self._computing():
+                self._device_sampler.compile()
                 decoder.capture(kv_cache, max_model_len, capture)
 
     def execute(self, batch: Batch) -> list[SampledToken | None]:

@@ -51,6 +51,12 @@ class DeviceSampler:
         self._greedy = torch.zeros(len(drawn), dtype=torch.float32, device=self._device)
         self._no_keys = torch.zeros(len(drawn), dtype=torch.int64, device=self._device)
 
+    def compile(self) -> None:
+        """Compile the kernels that the first request to ask for them would wait for."""
+        one = torch.ones(1, device=self._device)
+        logits, key = torch.zeros(1, self._vocab_size, device=self._device), self._no_keys[:1]
+        sample(logits, one, key, eligibility_threshold(logits, one, one, key, one.double()))
+
     def start(
         self, logits: Tensor, seqs: SequenceOf[Sequence], latest: SequenceOf[int | None]
     ) -> PendingTokens:

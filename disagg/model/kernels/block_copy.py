@@ -15,7 +15,7 @@ from disagg.model.kernels import tiling
 from disagg.model.kernels.common import ceil_div, require, require_indices
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["block_ids_ptr"])
 def _copy_kernel(
     blocks_ptr, staging_ptr, block_ids_ptr, num_blocks, words, WIDTH: tl.constexpr, GATHER: tl.constexpr
 ):

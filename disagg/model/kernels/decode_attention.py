@@ -28,6 +28,9 @@ from disagg.model.kernels.common import (
 )
 from disagg.model.kernels.tiling import padded
 
+# What changes from step to step: nothing is compiled anew for its values, nor for where slices begin.
+VARYING = ("context_lens_ptr", "num_splits", "min_split")
+
 
 @triton.jit
 def _visible(context_len, window):
@@ -36,13 +39,13 @@ def _visible(context_len, window):
 
 
 @triton.jit
-def _split_tokens(num_tokens, NUM_SPLITS: tl.constexpr, TILE: tl.constexpr, MIN_SPLIT: tl.constexpr):
-    """Tokens of each part but the last: whole tiles, and no fewer than MIN_SPLIT."""
-    share = tl.cdiv(tl.cdiv(num_tokens, NUM_SPLITS), TILE) * TILE
-    return tl.maximum(share, MIN_SPLIT)
+def _split_tokens(num_tokens, num_splits, min_split, TILE: tl.constexpr):
+    """Tokens of each part but the last: whole tiles, and no fewer than min_split."""
+    share = tl.cdiv(tl.cdiv(num_tokens, num_splits), TILE) * TILE
+    return tl.maximum(share, min_split)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=[*VARYING, "block_tables_ptr", "table_stride"])
 def _partial_kernel(
     q_ptr,
     kv_ptr,
@@ -63,14 +66,15 @@ def _partial_kernel(
     table_stride,
     out_stride_seq,
     out_stride_head,
+    num_splits,
+    min_split,
     GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     HEAD_DIM_PADDED: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     ROWS: tl.constexpr,
     TILE: tl.constexpr,
-    NUM_SPLITS: tl.constexpr,
-    MIN_SPLIT: tl.constexpr,
+    SPLIT: tl.constexpr,
     DOT: tl.constexpr,
 ):
     split = tl.program_id(0)
@@ -78,7 +82,7 @@ def _partial_kernel(
     seq = tl.program_id(2).to(tl.int64)
     context_len = tl.load(context_lens_ptr + seq).to(tl.int32)
     first = _visible(context_len, window)
-    share = _split_tokens(context_len - first, NUM_SPLITS, TILE, MIN_SPLIT)
+    share = _split_tokens(context_len - first, num_splits, min_split, TILE)
     start = first + split * share
     end = tl.minimum(start + share, context_len)
 
@@ -89,7 +93,7 @@ def _partial_kernel(
     out_row = out_ptr + seq * out_stride_seq + head[:, None] * out_stride_head + dim[None, :]
     if start >= end:
         # The merge never reads an empty part; without a merge, an empty context is zeros.
-        if NUM_SPLITS == 1:
+        if not SPLIT:
             tl.store(out_row, tl.zeros([ROWS, HEAD_DIM_PADDED], out_ptr.dtype.element_ty), mask=in_row)
         return
 
@@ -128,15 +132,15 @@ def _partial_kernel(
         highest = new_highest
 
     result = acc / total[:, None] * v_scale
-    if NUM_SPLITS == 1:
+    if not SPLIT:
         tl.store(out_row, result.to(out_ptr.dtype.element_ty), mask=in_row)
     else:
-        part = (seq * tl.num_programs(1) * GROUP + head) * NUM_SPLITS + split
+        part = (seq * tl.num_programs(1) * GROUP + head) * num_splits + split
         tl.store(partial_ptr + part[:, None] * HEAD_DIM + dim[None, :], result, mask=in_row)
         tl.store(lse_ptr + part, highest + tl.log2(total), mask=row < GROUP)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=[*VARYING])
 def _merge_kernel(
     partial_ptr,
     lse_ptr,
@@ -145,22 +149,22 @@ def _merge_kernel(
     window,
     out_stride_seq,
     out_stride_head,
+    num_splits,
+    min_split,
     HEAD_DIM: tl.constexpr,
     HEAD_DIM_PADDED: tl.constexpr,
     TILE: tl.constexpr,
-    NUM_SPLITS: tl.constexpr,
     SPLITS_PADDED: tl.constexpr,
-    MIN_SPLIT: tl.constexpr,
 ):
     head = tl.program_id(0)
     seq = tl.program_id(1).to(tl.int64)
     context_len = tl.load(context_lens_ptr + seq).to(tl.int32)
     num_tokens = context_len - _visible(context_len, window)
-    share = _split_tokens(num_tokens, NUM_SPLITS, TILE, MIN_SPLIT)
+    share = _split_tokens(num_tokens, num_splits, min_split, TILE)
     split = tl.arange(0, SPLITS_PADDED)
     dim = tl.arange(0, HEAD_DIM_PADDED)
     live = split < tl.cdiv(num_tokens, share)
-    part = (seq * tl.num_programs(0) + head) * NUM_SPLITS + split
+    part = (seq * tl.num_programs(0) + head) * num_splits + split
     lse = tl.load(lse_ptr + part, mask=live, other=float("-inf"))
     # Finite where no part is live (an empty context): the weights are then all zero.
     highest = tl.maximum(tl.max(lse, 0), -1.0e30)
@@ -270,14 +274,15 @@ def decode_attention(
         block_tables.stride(0),
         out.stride(0),
         out.stride(1),
+        num_splits,
+        min_split,
         GROUP=num_heads // num_kv_heads,
         HEAD_DIM=head_dim,
         HEAD_DIM_PADDED=padded(head_dim),
         BLOCK_SIZE=block_size,
         ROWS=tile.rows,
         TILE=tile.tokens,
-        NUM_SPLITS=num_splits,
-        MIN_SPLIT=min_split,
+        SPLIT=num_splits > 1,
         DOT=dot_dtype(q.dtype),
         num_warps=tile.warps,
         num_stages=tile.stages,
@@ -291,12 +296,12 @@ def decode_attention(
             window or 0,
             out.stride(0),
             out.stride(1),
+            num_splits,
+            min_split,
             HEAD_DIM=head_dim,
             HEAD_DIM_PADDED=padded(head_dim),
             TILE=tile.tokens,
-            NUM_SPLITS=num_splits,
             SPLITS_PADDED=padded(num_splits),
-            MIN_SPLIT=min_split,
             num_warps=4,
         )
     return out

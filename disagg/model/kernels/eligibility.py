@@ -37,7 +37,7 @@ def _scaled(logits_ptr, start, vocab_size, temperature, WIDTH: tl.constexpr):
     return tl.div_rn(logits, temperature)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["top_k_ptr", "top_p_ptr"])
 def _threshold_kernel(
     logits_ptr,
     temperatures_ptr,

@@ -17,7 +17,7 @@ from disagg.model.kernels.common import (
 )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["slot_mapping_ptr"])
 def _store_kernel(
     k_ptr,
     v_ptr,

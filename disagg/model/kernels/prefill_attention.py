@@ -103,7 +103,10 @@ def _attend_tiles(
     return highest, total, acc
 
 
-@triton.jit
+# What changes from step to step: nothing is compiled anew for its values, nor for where slices begin.
+@triton.jit(
+    do_not_specialize=["block_tables_ptr", "query_starts_ptr", "context_lens_ptr", "num_seqs", "table_stride"]
+)
 def _prefill_kernel(
     q_ptr,
     kv_ptr,

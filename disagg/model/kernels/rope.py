@@ -26,7 +26,7 @@ def _rotate(x_ptr, cos, sin, head, stride_head, num_heads, HALF: tl.constexpr, H
     tl.store(second_ptr, (second * cos + first * sin).to(dtype), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["positions_ptr"])
 def _rope_kernel(
     q_ptr,
     k_ptr,

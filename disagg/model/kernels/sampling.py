@@ -38,7 +38,7 @@ def _gumbel(key, token):
     return -tl.log(-log1p)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["keys_ptr"])
 def _best_token_kernel(
     logits_ptr,
     temperatures_ptr,

@@ -61,6 +61,7 @@ class Compiler:
             compiler.kernels.append(
                 {
                     "name": kernel.__name__,
+                    "hash": compiled.hash,
                     "shared": compiled.metadata.shared,
                     "tensor_cores": "mma" in compiled.asm["ptx"],
                     "cubin_bytes": len(compiled.asm["cubin"]),
@@ -79,15 +80,34 @@ def attention(dtype: torch.dtype, kv_dtype: torch.dtype, head_dim: int, window: 
     qkv = torch.zeros(SEQS, num_heads + 2 * KV_HEADS, head_dim, dtype=dtype)
     q, k, v = qkv[:, :num_heads], qkv[:, num_heads:-KV_HEADS], qkv[:, -KV_HEADS:]
     slots = torch.zeros(SEQS, dtype=torch.int64)
-    tables = torch.zeros(SEQS, 16, dtype=torch.int32)
-    lens = torch.ones(SEQS, dtype=torch.int32)
-    starts = torch.arange(SEQS + 1, dtype=torch.int32)
+    tables = torch.zeros(SEQS, 16, dtype=torch.int64)
+    lens = torch.ones(SEQS, dtype=torch.int64)
+    starts = torch.arange(SEQS + 1, dtype=torch.int64)
     for splits in (1, 16):
         decode_attention(q, kv, tables, lens, scale=0.1, max_context=16384, window=window, num_splits=splits)
     prefill_attention(q, kv, tables, starts, lens, scale=0.1, max_query_len=512, window=window)
     store_kv(k, v, kv, slots)
     gather_blocks(blocks, slots, torch.zeros(SEQS, *blocks.shape[1:], dtype=kv_dtype))
     scatter_blocks(torch.zeros(SEQS, *blocks.shape[1:], dtype=kv_dtype), blocks, slots)
+
+
+def varied_steps(dtype: torch.dtype, head_dim: int) -> None:
+    """Steps that differ in all that changes from one to the next, and in where slices of integers begin."""
+    kv = torch.zeros(4, 2, KV_HEADS, BLOCK_SIZE, head_dim, dtype=dtype)
+    for batch, width, first in ((1, 1, 0), (2, 7, 1), (16, 16, 3), (5, 33, 2), (32, 64, 1)):
+        numbers = torch.zeros(4096, dtype=torch.int64)[first:]
+        lens, starts = numbers[:batch], numbers[: batch + 1]
+        tables = torch.zeros(batch + first, width, dtype=torch.int64)[first:]
+        for length in (16, 100):
+            q = torch.zeros(batch * length, KV_HEADS * GROUP, head_dim, dtype=dtype)
+            prefill_attention(q, kv, tables, starts, lens, scale=0.1, max_query_len=length)
+        q = torch.zeros(batch, KV_HEADS * GROUP, head_dim, dtype=dtype)
+        for context in (10, 600, 5000, 16384):
+            decode_attention(q, kv, tables, lens, scale=0.1, max_context=context)
+        new = torch.zeros(batch, KV_HEADS, head_dim, dtype=dtype)
+        store_kv(new, new, kv, lens)
+        table = torch.zeros(64, head_dim // 2)
+        apply_rope_(q, new, table, table, lens)
 
 
 def elementwise() -> None:
@@ -112,6 +132,7 @@ def main() -> None:
     compiler.install()
     assert not triton.knobs.runtime.interpret
     attention(torch.bfloat16, torch.bfloat16, 128, None)
+    varied_steps(torch.bfloat16, 128)
     elementwise()
     if "--all" in sys.argv:
         attention(torch.bfloat16, FP8_DTYPE, 80, 1000)
