@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 setup: $(VENV)/.installed
 
 # Reinstalled only when the dependencies or compiled sources change; the package itself is linked, not copied.
-$(VENV)/.installed: pyproject.toml setup.py disagg/routing/_blocks.c disagg/routing/_prices.c
+$(VENV)/.installed: pyproject.toml setup.py $(wildcard disagg/routing/*.[ch])
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[dev]'
 	$(BIN)/python -m disagg.model.native.library

@@ -6,14 +6,18 @@ from setuptools import Extension, setup
 # no C compiler, the router does it all in Python.
 FLAGS = ["-std=c11", "-O3", "-ffp-contract=off"]
 
+SOURCES = {"_blocks": ["_blocks.c", "_chains.c"], "_prices": ["_prices.c"]}
+HEADERS = ["_chains.h", "_map.h"]
+
 setup(
     ext_modules=[
         Extension(
             f"disagg.routing.{name}",
-            [f"disagg/routing/{name}.c"],
+            [f"disagg/routing/{source}" for source in sources],
+            depends=[f"disagg/routing/{header}" for header in HEADERS],
             extra_compile_args=FLAGS,
             optional=True,
         )
-        for name in ("_blocks", "_prices")
+        for name, sources in SOURCES.items()
     ]
 )

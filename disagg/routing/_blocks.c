@@ -3,37 +3,14 @@
 
    A block takes a key of 8 bytes and a set's id of 4. Nothing keeps a borrowed buffer or object beyond a call. */
 
-#define PY_SSIZE_T_CLEAN
-#include <Python.h>
-#include <stdint.h>
+#include "_chains.h"
+
 #include <stdlib.h>
 #include <string.h>
 
-#define VERSION 1
+#define VERSION 2
 
 /* -- arguments ----------------------------------------------------------------------------------------- */
-
-/* Return the hashes of a sequence in memory that the caller frees; NULL with an exception set. */
-static uint64_t *hashes_of(PyObject *sequence, Py_ssize_t *count)
-{
-    PyObject *fast = PySequence_Fast(sequence, "hashes must be a sequence");
-    if (fast == NULL)
-        return NULL;
-    Py_ssize_t size = PySequence_Fast_GET_SIZE(fast);
-    uint64_t *hashes = PyMem_Malloc((size_t)(size ? size : 1) * sizeof *hashes);
-    if (hashes == NULL)
-        PyErr_NoMemory();
-    for (Py_ssize_t i = 0; hashes != NULL && i < size; i++) {
-        hashes[i] = PyLong_AsUnsignedLongLongMask(PySequence_Fast_GET_ITEM(fast, i));
-        if (hashes[i] == (uint64_t)-1 && PyErr_Occurred()) {
-            PyMem_Free(hashes);
-            hashes = NULL;
-        }
-    }
-    Py_DECREF(fast);
-    *count = size;
-    return hashes;
-}
 
 /* Take a buffer of items of 8 bytes; -1 with an exception set. */
 static int take(PyObject *object, Py_buffer *view)
@@ -49,9 +26,6 @@ static int take(PyObject *object, Py_buffer *view)
 
 /* -- BlockTable ---------------------------------------------------------------------------------------- */
 
-#define SHARDS 8192
-#define FIRST_ROOM 8
-#define AHEAD 8
 /* So many slots are sorted; more are found again in order. */
 #define FEW 32
 #define MAX_TAG (1 << 24)
@@ -61,13 +35,6 @@ typedef struct {
     uint32_t refs, count;
     int32_t tags[];
 } Holders;
-
-/* Open addressing with linear probing. An id of 0 is an empty place. */
-typedef struct {
-    uint64_t *keys;
-    uint32_t *ids;
-    uint32_t room, used;
-} Shard;
 
 typedef struct {
     PyObject_HEAD
@@ -81,82 +48,6 @@ typedef struct {
     int64_t *depths, *touched;
     Py_ssize_t room_slots;
 } BlockTable;
-
-static uint32_t place_of(uint64_t key)
-{
-    return (uint32_t)((key * UINT64_C(0x9E3779B97F4A7C15)) >> 32);
-}
-
-static void prefetch(const BlockTable *self, uint64_t key)
-{
-#if defined(__GNUC__)
-    const Shard *shard = &self->shards[key & (SHARDS - 1)];
-    if (shard->room) {
-        uint32_t at = place_of(key) & (shard->room - 1);
-        __builtin_prefetch(&shard->keys[at]);
-        __builtin_prefetch(&shard->ids[at]);
-    }
-#else
-    (void)self, (void)key;
-#endif
-}
-
-/* Return where a key stands, or the empty place where it would; the shard has room. */
-static uint32_t find(const Shard *shard, uint64_t key)
-{
-    uint32_t mask = shard->room - 1, at = place_of(key) & mask;
-    while (shard->ids[at] && shard->keys[at] != key)
-        at = (at + 1) & mask;
-    return at;
-}
-
-static uint32_t look_up(const BlockTable *self, uint64_t key)
-{
-    const Shard *shard = &self->shards[key & (SHARDS - 1)];
-    return shard->used ? shard->ids[find(shard, key)] : 0;
-}
-
-static int grow(Shard *shard)
-{
-    Shard larger = {NULL, NULL, shard->room ? 2 * shard->room : FIRST_ROOM, shard->used};
-    larger.keys = PyMem_Malloc(larger.room * sizeof *larger.keys);
-    larger.ids = PyMem_Calloc(larger.room, sizeof *larger.ids);
-    if (shard->room > UINT32_MAX / 4 || larger.keys == NULL || larger.ids == NULL) {
-        PyMem_Free(larger.keys);
-        PyMem_Free(larger.ids);
-        PyErr_NoMemory();
-        return -1;
-    }
-    for (uint32_t i = 0; i < shard->room; i++)
-        if (shard->ids[i]) {
-            uint32_t at = find(&larger, shard->keys[i]);
-            larger.keys[at] = shard->keys[i];
-            larger.ids[at] = shard->ids[i];
-        }
-    PyMem_Free(shard->keys);
-    PyMem_Free(shard->ids);
-    *shard = larger;
-    return 0;
-}
-
-/* Empty a place, and move up what stands behind it only because the place was taken. */
-static void vacate(Shard *shard, uint32_t at)
-{
-    uint32_t mask = shard->room - 1, next = at;
-    for (;;) {
-        next = (next + 1) & mask;
-        if (!shard->ids[next])
-            break;
-        uint32_t home = place_of(shard->keys[next]) & mask;
-        if (((next - home) & mask) >= ((next - at) & mask)) {
-            shard->keys[at] = shard->keys[next];
-            shard->ids[at] = shard->ids[next];
-            at = next;
-        }
-    }
-    shard->ids[at] = 0;
-    shard->used--;
-}
 
 /* Return the id of a new set with one reference; 0 with an exception set. */
 static uint32_t new_set(BlockTable *self, uint32_t count)
@@ -291,19 +182,16 @@ static PyObject *change(BlockTable *self, PyObject *args, int with)
     uint32_t known = 0, next = 0;
     for (Py_ssize_t i = 0; i < count && !PyErr_Occurred(); i++) {
         if (i + AHEAD < count)
-            prefetch(self, hashes[i + AHEAD]);
+            prefetch(self->shards, hashes[i + AHEAD]);
         Shard *shard = &self->shards[hashes[i] & (SHARDS - 1)];
         uint32_t at = shard->used ? find(shard, hashes[i]) : 0;
         uint32_t id = shard->used ? shard->ids[at] : 0;
         if (!id) {
             if (!with)
                 continue;
-            if ((uint64_t)(shard->used + 1) * 4 > (uint64_t)shard->room * 3 && grow(shard) < 0)
+            if (put(shard, hashes[i], mine) < 0)
                 break;
-            at = find(shard, hashes[i]);
-            shard->keys[at] = hashes[i];
-            shard->ids[at] = share(self, mine);
-            shard->used++;
+            share(self, mine);
             moved++;
             continue;
         }
@@ -488,20 +376,16 @@ static int reach(Walk *walk, int64_t slot)
     return 0;
 }
 
-static int reach_all(Walk *walk, uint32_t id, PyObject *expected, const Py_buffer *slot_of)
+static int reach_all(Walk *walk, uint32_t id, const Node *expected, const Py_buffer *slot_of)
 {
     const Holders *set = id ? walk->table->sets[id] : NULL;
     const int64_t *slots = slot_of->buf;
     for (uint32_t i = 0; set != NULL && i < set->count; i++)
         if (set->tags[i] < slot_of->len / 8 && reach(walk, slots[set->tags[i]]) < 0)
             return -1;
-    PyObject *key, *value;
-    Py_ssize_t position = 0;
-    while (expected != NULL && PyDict_Next(expected, &position, &key, &value)) {
-        int64_t slot = PyLong_AsLongLong(key);
-        if ((slot == -1 && PyErr_Occurred()) || reach(walk, slot) < 0)
+    for (uint32_t i = 0; expected != NULL && i < expected->num_counts; i++)
+        if (reach(walk, expected->counts[i].slot) < 0)
             return -1;
-    }
     return 0;
 }
 
@@ -512,11 +396,11 @@ static Py_ssize_t runs_of(const BlockTable *self, const uint64_t *hashes, Py_ssi
     Py_ssize_t runs = 0;
     uint32_t last = 0;
     for (Py_ssize_t i = 0; i < count && i < AHEAD; i++)
-        prefetch(self, hashes[i]);
+        prefetch(self->shards, hashes[i]);
     for (Py_ssize_t depth = 0; depth < count; depth++) {
         if (depth + AHEAD < count)
-            prefetch(self, hashes[depth + AHEAD]);
-        uint32_t id = look_up(self, hashes[depth]);
+            prefetch(self->shards, hashes[depth + AHEAD]);
+        uint32_t id = look_up(self->shards, hashes[depth]);
         if (id != last) {
             if (depth) {
                 ends[runs] = depth;
@@ -534,40 +418,27 @@ static Py_ssize_t runs_of(const BlockTable *self, const uint64_t *hashes, Py_ssi
     return runs;
 }
 
-static int depth_in(PyObject *path, Py_ssize_t at, Py_ssize_t *depth, PyObject **expected)
-{
-    PyObject *step = PyList_GET_ITEM(path, at);
-    if (!PyTuple_Check(step) || PyTuple_GET_SIZE(step) != 2 || !PyDict_Check(PyTuple_GET_ITEM(step, 1))) {
-        PyErr_SetString(PyExc_TypeError, "a path consists of (depth, counts)");
-        return -1;
-    }
-    *expected = PyTuple_GET_ITEM(step, 1);
-    *depth = PyLong_AsSsize_t(PyTuple_GET_ITEM(step, 0));
-    return *depth == -1 && PyErr_Occurred() ? -1 : 0;
-}
-
 /* Walk runs and path together, cut at each other's depths. */
-static int walk_down(Walk *walk, PyObject *path, const Py_ssize_t *ends, const uint32_t *ids, Py_ssize_t runs,
+static int walk_down(Walk *walk, const Path *path, const Py_ssize_t *ends, const uint32_t *ids, Py_ssize_t runs,
                      const Py_buffer *slot_of)
 {
-    Py_ssize_t i = 0, j = 0, steps = PyList_GET_SIZE(path), depth = 0;
-    PyObject *expected = NULL;
-    while (i < runs || j < steps) {
-        if (j < steps && depth_in(path, j, &depth, &expected) < 0)
-            return -1;
+    Py_ssize_t i = 0, j = 0;
+    while (i < runs || j < path->length) {
+        const Node *node = j < path->length ? path->nodes[j] : NULL;
+        Py_ssize_t depth = node == NULL ? 0 : node->end < path->depth ? node->end : path->depth;
         Py_ssize_t end = i < runs ? ends[i] : depth;
-        if (j < steps && depth < end)
+        if (node != NULL && depth < end)
             end = depth;
         walk->end = end;
         walk->going = 0;
-        if (reach_all(walk, i < runs ? ids[i] : 0, j < steps ? expected : NULL, slot_of) < 0)
+        if (reach_all(walk, i < runs ? ids[i] : 0, node, slot_of) < 0)
             return -1;
         if (!walk->going)
             return 0;
         walk->start = end;
         if (i < runs && ends[i] == end)
             i++;
-        if (j < steps && depth == end)
+        if (node != NULL && depth == end)
             j++;
     }
     return 0;
@@ -630,25 +501,25 @@ static int make_slots(BlockTable *self, Py_ssize_t count)
 
 static PyObject *table_held(BlockTable *self, PyObject *args)
 {
-    PyObject *sequence, *path, *slots, *result = NULL;
-    Py_ssize_t num_slots, count, expected = 0;
-    PyObject *counts;
+    PyObject *sequence, *chains, *slots, *result = NULL;
+    Py_ssize_t num_slots, count;
     Py_buffer slot_of;
-    if (!PyArg_ParseTuple(args, "OO!On", &sequence, &PyList_Type, &path, &slots, &num_slots))
+    if (!PyArg_ParseTuple(args, "OO!On", &sequence, &ChainTreeType, &chains, &slots, &num_slots))
         return NULL;
     if (num_slots < 0)
         return PyErr_Format(PyExc_ValueError, "num_slots is negative");
-    if (PyList_GET_SIZE(path) && depth_in(path, PyList_GET_SIZE(path) - 1, &expected, &counts) < 0)
-        return NULL;
     if (make_slots(self, num_slots) < 0 || take(slots, &slot_of) < 0)
         return NULL;
     uint64_t *hashes = hashes_of(sequence, &count);
-    Py_ssize_t *ends = PyMem_Malloc((size_t)(hashes && count ? count : 1) * sizeof *ends);
-    uint32_t *ids = PyMem_Malloc((size_t)(hashes && count ? count : 1) * sizeof *ids);
-    if (hashes != NULL && ends != NULL && ids != NULL) {
+    size_t room = hashes != NULL && count ? (size_t)count : 1;
+    Py_ssize_t *ends = PyMem_Malloc(room * sizeof *ends);
+    uint32_t *ids = PyMem_Malloc(room * sizeof *ids);
+    const Node **nodes = PyMem_Malloc(room * sizeof *nodes);
+    if (hashes != NULL && ends != NULL && ids != NULL && nodes != NULL) {
         Walk walk = {self, 0, 0, num_slots, 0, 0};
-        Py_ssize_t runs = runs_of(self, hashes, count, expected, ends, ids);
-        int failed = walk_down(&walk, path, ends, ids, runs, &slot_of) < 0;
+        Path path = find_path((ChainTree *)chains, hashes, count, nodes);
+        Py_ssize_t runs = runs_of(self, hashes, count, path.depth, ends, ids);
+        int failed = walk_down(&walk, &path, ends, ids, runs, &slot_of) < 0;
         if (failed || !walk.num_touched) {
             for (Py_ssize_t i = 0; i < walk.num_touched; i++)
                 self->depths[self->touched[i]] = 0;
@@ -662,6 +533,7 @@ static PyObject *table_held(BlockTable *self, PyObject *args)
     PyMem_Free(hashes);
     PyMem_Free(ends);
     PyMem_Free(ids);
+    PyMem_Free(nodes);
     PyBuffer_Release(&slot_of);
     return result;
 }
@@ -683,14 +555,10 @@ static PyObject *table_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
 
 static void table_dealloc(BlockTable *self)
 {
-    for (int i = 0; self->shards != NULL && i < SHARDS; i++) {
-        PyMem_Free(self->shards[i].keys);
-        PyMem_Free(self->shards[i].ids);
-    }
+    free_shards(self->shards);
     for (uint32_t id = 1; id <= self->num_sets; id++)
         if (!((uintptr_t)self->sets[id] & 1))
             PyMem_Free(self->sets[id]);
-    PyMem_Free(self->shards);
     PyMem_Free(self->sets);
     PyMem_Free(self->alone);
     PyMem_Free(self->depths);
@@ -726,8 +594,11 @@ static struct PyModuleDef module = {PyModuleDef_HEAD_INIT, "_blocks", NULL, -1, 
 
 PyMODINIT_FUNC PyInit__blocks(void)
 {
-    PyObject *made = PyType_Ready(&BlockTableType) < 0 ? NULL : PyModule_Create(&module);
-    if (made == NULL || PyModule_AddObjectRef(made, "BlockTable", (PyObject *)&BlockTableType) < 0 ||
+    PyObject *made = NULL;
+    if (PyType_Ready(&BlockTableType) == 0 && PyType_Ready(&ChainTreeType) == 0)
+        made = PyModule_Create(&module);
+    if (made == NULL || PyModule_AddObjectRef(made, "ChainTree", (PyObject *)&ChainTreeType) < 0 ||
+        PyModule_AddObjectRef(made, "BlockTable", (PyObject *)&BlockTableType) < 0 ||
         PyModule_AddIntConstant(made, "VERSION", VERSION) < 0 ||
         PyModule_AddIntConstant(made, "SHARDS", SHARDS) < 0)
         Py_CLEAR(made);

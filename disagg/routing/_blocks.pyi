@@ -13,8 +13,16 @@ class BlockTable:
     def held(
         self,
         hashes: Sequence[int],
-        path: list[tuple[int, dict[int, int]]],
+        chains: object,
         slot_of: object,
         num_slots: int,
         /,
     ) -> tuple[bytes, bytes] | None: ...
+
+class ChainTree:
+    @property
+    def num_blocks(self) -> int: ...
+    @property
+    def num_expected(self) -> int: ...
+    def add(self, hashes: Sequence[int], slots: Sequence[int], /) -> int | None: ...
+    def drop(self, leaf: int, slot: int, /) -> None: ...

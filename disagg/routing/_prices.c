@@ -10,7 +10,7 @@
 #include <stddef.h>
 #include <structmember.h>
 
-#define VERSION 1
+#define VERSION 2
 
 static const double ASIDE_S = 5.0, MOST_ASIDE = 0.8, FULL = 0.9, DUE_PART = 1.0 / 3.0;
 
@@ -421,6 +421,21 @@ static int uncached_tokens(double num_tokens, const Py_buffer *slots, const Py_b
     return 0;
 }
 
+/* Return how many blocks a slot has, 0 if it is not among the ascending slots. */
+static long long depth_of(const Py_buffer *slots, const Py_buffer *blocks, long long wanted)
+{
+    const long long *slot = slots->buf, *depth = blocks->buf;
+    Py_ssize_t low = 0, count = slots->len / (Py_ssize_t)sizeof *slot, high = count;
+    while (low < high) {
+        Py_ssize_t middle = (low + high) / 2;
+        if (slot[middle] < wanted)
+            low = middle + 1;
+        else
+            high = middle;
+    }
+    return low < count && slot[low] == wanted ? depth[low] : 0;
+}
+
 static PyObject *best(PyObject *module, PyObject *args)
 {
     PyObject *arrays[5];
@@ -428,7 +443,8 @@ static PyObject *best(PyObject *module, PyObject *args)
     Prompt prompt;
     double first_random, second_random;
     Py_ssize_t size, prefill = 0, decode = 0;
-    int taken = 0, whole = 0;
+    PyObject *result = NULL;
+    int taken = 0;
     if (!PyArg_ParseTuple(args, "nOOOOOy*y*diddd", &size, &arrays[0], &arrays[1], &arrays[2], &arrays[3], &arrays[4],
                           &slots, &blocks, &prompt.num_tokens, &prompt.turn, &prompt.gaps, &first_random,
                           &second_random))
@@ -450,16 +466,80 @@ static PyObject *best(PyObject *module, PyObject *args)
     offer(&prompt, buffers[0].buf, size, prices);
     prefill = lowest(prices, prices + size, buffers[2].buf, size, first_random);
     decode = lowest(prices + 2 * size, NULL, buffers[3].buf, size, second_random);
-    whole = 1;
+    result = Py_BuildValue("nnLL", prefill, decode, depth_of(&slots, &blocks, prefill),
+                           depth_of(&slots, &blocks, decode));
 done:
     while (taken--)
         PyBuffer_Release(&buffers[taken]);
     PyBuffer_Release(&slots);
     PyBuffer_Release(&blocks);
-    return whole ? Py_BuildValue("nn", prefill, decode) : NULL;
+    return result;
+}
+
+/* -- what to expect of a placement (estimates.py) ------------------------------------------------------- */
+
+/* Python's a // b of positive b, negated twice: how many chunks of b a makes. */
+static double chunks_of(double a, double b)
+{
+    double rest = fmod(-a, b), quotient = (-a - rest) / b;
+    if (rest < 0)
+        quotient -= 1.0;
+    double whole = floor(quotient);
+    return -(quotient - whole > 0.5 ? whole + 1.0 : whole);
+}
+
+/* WorkerCosts.first_token_s behind ahead_of(...) tokens */
+static double first_token_s(const Costs *c, double shorter, double uncached, double attended)
+{
+    double before = shorter < c->queued ? shorter : c->queued;
+    double ahead = before + smaller(c->queued - before, (before + uncached) * DUE_PART), total = ahead + uncached;
+    return c->begin_s + chunks_of(total, (double)c->chunk) * c->chunk_s + total * c->token_s +
+           attended * c->attended_s;
+}
+
+/* ended_by */
+static double ended_by(const Costs *c, double seconds, double expected_tokens)
+{
+    double life_s = expected_tokens * c->step_s, share = life_s > 0 ? smaller(1.0, seconds / life_s) : 0.0;
+    return c->sequence_s * c->sequences * share;
+}
+
+static PyObject *predict(PyObject *module, PyObject *args)
+{
+    Account *prefill, *decode;
+    double num_tokens, uncached, missing, gaps, expected_tokens, pull[3];
+    int turn;
+    if (!PyArg_ParseTuple(args, "O!O!dddidd", &AccountType, &prefill, &AccountType, &decode, &num_tokens, &uncached,
+                          &missing, &turn, &gaps, &expected_tokens))
+        return NULL;
+    if (prefill->costs == NULL || !PyObject_TypeCheck(prefill->costs, &CostsType) || decode->costs == NULL ||
+        !PyObject_TypeCheck(decode->costs, &CostsType) || prefill->shorter == NULL ||
+        !PyList_Check(prefill->shorter))
+        return PyErr_Format(PyExc_TypeError, "an account that is not whole");
+    const Costs *p = (Costs *)prefill->costs, *d = (Costs *)decode->costs;
+    if (turn < 0 || turn >= PyList_GET_SIZE(prefill->shorter) || p->chunk < 1 || p->budget < 1 || !(gaps >= 1))
+        return PyErr_Format(PyExc_ValueError, "an argument is out of range");
+    if (coefficients(d->pull, pull) < 0)
+        return NULL;
+    double attended = uncached * (num_tokens - uncached / 2);
+    double shorter = (double)PyLong_AsLongLong(PyList_GET_ITEM(prefill->shorter, turn));
+    if (PyErr_Occurred())
+        return NULL;
+    double ttft = first_token_s(p, shorter, uncached, attended);
+    double service_s = chunks_of(uncached, (double)p->budget) * p->idle_chunk_s + uncached * p->token_s +
+                       attended * p->attended_s;
+    double stall = d->place_s;
+    if (prefill != decode && missing > 0) {
+        double others = (double)(p->links > d->links ? p->links : d->links);
+        stall += pull[0] + missing * (pull[1] + pull[2] * others);
+    }
+    double later = larger(d->idle_step_s, d->step_s - ended_by(d, ttft, expected_tokens));
+    return Py_BuildValue("dddddd", ttft, larger(0.0, ttft - service_s), stall, d->step_s + stall / gaps,
+                         later + stall / gaps, d->idle_step_s + (stall - d->place_s) / gaps);
 }
 
 static PyMethodDef functions[] = {
+    {"predict", predict, METH_VARARGS, NULL},
     {"price", price, METH_VARARGS, NULL},
     {"write_rows", write_rows, METH_VARARGS, NULL},
     {"best", best, METH_VARARGS, NULL},

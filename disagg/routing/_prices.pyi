@@ -29,4 +29,15 @@ def best(
     first_random: float,
     second_random: float,
     /,
-) -> tuple[int, int]: ...
+) -> tuple[int, int, int, int]: ...
+def predict(
+    prefill: AccountFields,
+    decode: AccountFields,
+    num_tokens: float,
+    uncached: float,
+    missing: float,
+    turn: int,
+    gaps: float,
+    expected_tokens: float,
+    /,
+) -> tuple[float, float, float, float, float, float]: ...

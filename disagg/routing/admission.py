@@ -17,7 +17,6 @@ for nothing. Pure: no clock, no I/O; `now` is seconds on any one clock.
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections import Counter
 from dataclasses import dataclass
@@ -350,7 +349,7 @@ class Admission:
         )
         if wanted is not None:
             self._streams.setdefault(decode, Counter())[wanted] += 1
-        return dataclasses.replace(placement, lag_s=lag) if lag > 0 else placement
+        return placement._replace(lag_s=lag) if lag > 0 else placement
 
 
 _MESSAGES = {

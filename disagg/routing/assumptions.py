@@ -9,7 +9,8 @@ reports again dies, and all its entries with it. No clock is needed.
 
 from __future__ import annotations
 
-from disagg.routing.chains import ChainNode
+from typing import Any
+
 from disagg.routing.charges import NOWHERE, Charge
 from disagg.routing.prefix_index import PrefixIndex
 
@@ -18,8 +19,8 @@ class _Ending:
     __slots__ = ("due", "recent")
 
     def __init__(self) -> None:
-        self.recent: list[ChainNode] = []
-        self.due: list[ChainNode] = []
+        self.recent: list[Any] = []
+        self.due: list[Any] = []
 
 
 class Assumptions:
@@ -29,7 +30,7 @@ class Assumptions:
         self._index = index
         self._ending: dict[int, _Ending] = {}
         # Request id -> its chain, and the slots on which it is still expected.
-        self._active: dict[str, tuple[ChainNode, tuple[int, ...]]] = {}
+        self._active: dict[str, tuple[Any, tuple[int, ...]]] = {}
 
     def placed(self, charge: Charge) -> None:
         if not charge.hashes:

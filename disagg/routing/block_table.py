@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -52,12 +52,12 @@ class BlockTable(Protocol):
         """Return the number of blocks in one shard."""
 
     def held(
-        self, hashes: Sequence[int], path: Path, slot_of: Slots, num_slots: int, /
+        self, hashes: Sequence[int], chains: Any, slot_of: Slots, num_slots: int, /
     ) -> tuple[Slots, Slots] | tuple[bytes, bytes] | None:
         """Return who holds leading blocks of a chain, ascending slots and depths as int64; None: nobody.
 
-        path: who is expected to hold blocks, see ChainTree.path. slot_of: slot of each tag, -1 for nobody's.
-        num_slots: all slots are below.
+        chains: who is expected to hold blocks, a ChainTree of the same core. slot_of: slot of each tag, -1
+        for nobody's. num_slots: all slots are below.
         """
 
 
@@ -153,10 +153,10 @@ class PythonBlockTable:
         return len(self._shards[shard])
 
     def held(
-        self, hashes: Sequence[int], path: Path, slot_of: Slots, num_slots: int, /
+        self, hashes: Sequence[int], chains: Any, slot_of: Slots, num_slots: int, /
     ) -> tuple[Slots, Slots] | None:
         """See BlockTable."""
-        intervals = self._intervals(hashes, path)
+        intervals = self._intervals(hashes, chains.path(hashes))
         if not intervals:
             return None
         depths = _few(intervals, slot_of)

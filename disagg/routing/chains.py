@@ -14,6 +14,7 @@ for the blocks that are new, and a few steps for the nodes on the way.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any, Protocol
 
 
 class ChainNode:
@@ -27,11 +28,30 @@ class ChainNode:
         self.counts: dict[int, int] = {}
 
 
-class ChainTree:
+class ChainTree(Protocol):
     """Chains of block hashes and who is expected to hold them.
 
     num_blocks: different blocks known. num_expected: (worker, block) pairs expected.
     """
+
+    @property
+    def num_blocks(self) -> int: ...
+
+    @property
+    def num_expected(self) -> int: ...
+
+    def add(self, hashes: Sequence[int], slots: Sequence[int], /) -> Any:
+        """Expect a chain on these workers (each named once); return what `drop` takes.
+
+        None, and nothing is expected, where it is empty or contradicts what is known: no chain then.
+        """
+
+    def drop(self, leaf: Any, slot: int, /) -> None:
+        """Take back one chain that ends at `leaf` on one worker, on which it was added."""
+
+
+class PythonChainTree:
+    """A ChainTree in dicts. `_chains.c` does the same in C."""
 
     def __init__(self) -> None:
         self._nodes: dict[int, ChainNode] = {}
@@ -41,11 +61,8 @@ class ChainTree:
     def num_blocks(self) -> int:
         return len(self._nodes)
 
-    def add(self, hashes: Sequence[int], slots: Sequence[int]) -> ChainNode | None:
-        """Expect a chain on these workers (each named once); return what `drop` takes.
-
-        None, and nothing is expected, where it is empty or contradicts what is known: no chain then.
-        """
+    def add(self, hashes: Sequence[int], slots: Sequence[int], /) -> ChainNode | None:
+        """See ChainTree."""
         chain = tuple(hashes)
         depth, node = self._deepest(chain)
         fresh = chain[depth:]
@@ -67,8 +84,8 @@ class ChainTree:
             at = at.parent
         return node
 
-    def drop(self, leaf: ChainNode, slot: int) -> None:
-        """Take back one chain that ends at `leaf` on one worker, on which it was added."""
+    def drop(self, leaf: ChainNode, slot: int, /) -> None:
+        """See ChainTree."""
         at: ChainNode | None = leaf
         while at is not None:
             counts = at.counts

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
@@ -30,8 +29,7 @@ class Policy(Protocol):
     ) -> Choice: ...
 
 
-@dataclass(frozen=True, slots=True)
-class Choice:
+class Choice(NamedTuple):
     """A placement in slots. depths: leading blocks that the prefill and the decode worker have cached."""
 
     prefill: int
@@ -44,7 +42,7 @@ class Choice:
     ) -> Placement:
         """Return the choice by names."""
         kind = PlacementKind.LOCAL if self.prefill == self.decode else PlacementKind.DISAGGREGATED
-        cached = self.depths[0] * int(view.block_size[self.prefill])
+        cached = self.depths[0] * view.size_of_block(self.prefill)
         return Placement(
             prefill_worker=view.worker_id(self.prefill),
             decode_worker=view.worker_id(self.decode),

@@ -12,9 +12,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from disagg.routing.block_table import SHARDS, BlockTable, PythonBlockTable
+from disagg.routing.chains import ChainTree, PythonChainTree
 
 # Of the C sources; a build of other ones is not used.
-_VERSION = 1
+_VERSION = 2
 # Columns of ClusterView's table and classes of length, see disagg.routing.view and disagg.routing.costs.
 NUM_COLUMNS, NUM_TURNS = 13, 11
 
@@ -23,18 +24,20 @@ NUM_COLUMNS, NUM_TURNS = 13, 11
 class Core:
     """Who does the router's hot work.
 
-    name: "compiled" or "python". make_table: a new table of blocks. write_rows, best: see `_prices.pyi`; None
-    where Python does it.
+    name: "compiled" or "python". make_table, make_chains: a new table of blocks, a new tree of chains.
+    price, write_rows, best, predict: see `_prices.pyi`; None where Python does it.
     """
 
     name: str
     make_table: Callable[[], BlockTable]
+    make_chains: Callable[[], ChainTree]
     price: Callable[..., Any] | None = None
     write_rows: Callable[..., None] | None = None
-    best: Callable[..., tuple[int, int]] | None = None
+    best: Callable[..., tuple[int, int, int, int]] | None = None
+    predict: Callable[..., tuple[float, float, float, float, float, float]] | None = None
 
 
-PYTHON = Core("python", PythonBlockTable)
+PYTHON = Core("python", PythonBlockTable, PythonChainTree)
 
 
 def _compiled() -> Core | None:
@@ -48,7 +51,8 @@ def _compiled() -> Core | None:
         return None
     if _prices.NUM_ROWS != NUM_COLUMNS + NUM_TURNS:
         return None
-    return Core("compiled", _blocks.BlockTable, _prices.price, _prices.write_rows, _prices.best)
+    tables = _blocks.BlockTable, _blocks.ChainTree
+    return Core("compiled", *tables, _prices.price, _prices.write_rows, _prices.best, _prices.predict)
 
 
 COMPILED = _compiled()

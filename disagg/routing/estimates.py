@@ -15,17 +15,24 @@ def predict(
     depths: leading blocks that each has cached.
     """
     on_prefill, on_decode = view.costs(prefill), view.costs(decode)
-    uncached = max(1, request.num_tokens - depths[0] * view.size_of_block(prefill))
-    attended = uncached * (request.num_tokens - uncached / 2)
-    shorter = view.queued_before(prefill, turn_of(uncached, request.priority))
+    num_tokens = request.num_tokens
+    uncached = max(1, num_tokens - depths[0] * view.size_of_block(prefill))
+    missing = num_tokens - depths[1] * view.size_of_block(decode)
+    turn = turn_of(uncached, request.priority)
+    gaps = max(1.0, min(request.max_new_tokens, view.expected_tokens) - 1)
+    fitted = on_prefill.prefill_fitted and on_decode.decode_fitted
+    if view.core.predict is not None:
+        accounts = view.account(prefill), view.account(decode)
+        found = view.core.predict(*accounts, num_tokens, uncached, missing, turn, gaps, view.expected_tokens)
+        return view.calibration.apply(Prediction(*found, fitted), local=prefill == decode)
+    attended = uncached * (num_tokens - uncached / 2)
+    shorter = view.queued_before(prefill, turn)
     ahead = ahead_of(uncached, shorter, on_prefill.queued)
     ttft = on_prefill.first_token_s(ahead, uncached, attended)
     wait = max(0.0, ttft - on_prefill.service_s(uncached, attended))
     stall = on_decode.place_s
     if prefill != decode:
-        missing = request.num_tokens - depths[1] * view.size_of_block(decode)
         stall += on_decode.pull_s(missing, max(on_prefill.links, on_decode.links))
-    gaps = max(1.0, min(request.max_new_tokens, view.expected_tokens) - 1)
     step_s = on_decode.step_s
     raw = Prediction(
         ttft=ttft,
@@ -34,7 +41,7 @@ def predict(
         tpot=step_s + stall / gaps,
         later_tpot=max(on_decode.idle_step_s, step_s - ended_by(ttft, on_decode, view)) + stall / gaps,
         idle_tpot=on_decode.idle_step_s + (stall - on_decode.place_s) / gaps,
-        fitted=on_prefill.prefill_fitted and on_decode.decode_fitted,
+        fitted=fitted,
     )
     return view.calibration.apply(raw, local=prefill == decode)
 

@@ -115,14 +115,23 @@ class Fit:
                 self._follow(residual)
         self.num_samples += 1
         self._unsolved += 1
-        row = (1 / scale, x1 / (scale * self._unit[0]), x2 / (scale * self._unit[1]))
-        target, keep = seconds / (scale * self._level), self._forgetting
+        # Written out: every request's end and every step of a worker passes here.
+        keep, info, vector = self._forgetting, self._info, self._vector
+        x1 /= scale * self._unit[0]
+        x2 /= scale * self._unit[1]
+        target = seconds / (scale * self._level)
+        constant = 1 / scale
+        weighted = weight * constant, weight * x1, weight * x2
         self._weight = keep * self._weight + weight
-        info, vector = self._info, self._vector
-        for at, (i, j) in enumerate(_PAIRS):
-            info[at] = keep * info[at] + weight * row[i] * row[j]
-        for i in range(3):
-            vector[i] = keep * vector[i] + weight * row[i] * target
+        info[0] = keep * info[0] + weighted[0] * constant
+        info[1] = keep * info[1] + weighted[0] * x1
+        info[2] = keep * info[2] + weighted[0] * x2
+        info[3] = keep * info[3] + weighted[1] * x1
+        info[4] = keep * info[4] + weighted[1] * x2
+        info[5] = keep * info[5] + weighted[2] * x2
+        vector[0] = keep * vector[0] + weighted[0] * target
+        vector[1] = keep * vector[1] + weighted[1] * target
+        vector[2] = keep * vector[2] + weighted[2] * target
 
     def _follow(self, residual: float) -> None:
         moved = moved_level(self._level, residual, self.spread)

@@ -17,11 +17,11 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import numpy as np
 
 from disagg.routing.block_table import SHARDS, Slots
-from disagg.routing.chains import ChainNode, ChainTree
 from disagg.routing.core import CORE, Core
 from disagg.routing.types import BlockEvents
 
@@ -90,7 +90,7 @@ class PrefixIndex:
         self._max_entries = max_entries
         self._table = core.make_table()
         self._sources: dict[int, _Source] = {}
-        self._chains = ChainTree()
+        self._chains = core.make_chains()
         # Of each tag: its worker's slot, or _NOBODY. Tags come again only when nothing carries them any more.
         self._slot_of: Slots = np.full(8, _NOBODY, dtype=np.int64)
         self._num_tags = self._num_slots = 0
@@ -166,7 +166,7 @@ class PrefixIndex:
 
     # -- what is expected ----------------------------------------------------------------------------
 
-    def expect(self, hashes: Sequence[int], slots: Sequence[int]) -> ChainNode | None:
+    def expect(self, hashes: Sequence[int], slots: Sequence[int]) -> Any:
         """Expect a chain of blocks on workers until each is taken back by `unexpect`.
 
         Returns what to name it by; None, and expects nothing, where there is nothing to or no room for it:
@@ -179,7 +179,7 @@ class PrefixIndex:
                 self._num_slots = slot + 1
         return self._chains.add(hashes, slots)
 
-    def unexpect(self, chain: ChainNode, slot: int) -> None:
+    def unexpect(self, chain: Any, slot: int) -> None:
         """Take one expectation back on one of its workers."""
         self._chains.drop(chain, slot)
 
@@ -192,7 +192,7 @@ class PrefixIndex:
 
     def held(self, hashes: Sequence[int]) -> Held | None:
         """Return match() in the form that policies use; None where nobody holds anything."""
-        found = self._table.held(hashes, self._chains.path(hashes), self._slot_of, self._num_slots)
+        found = self._table.held(hashes, self._chains, self._slot_of, self._num_slots)
         return None if found is None else Held(*found)
 
     def depths(self, hashes: Sequence[int], num_slots: int) -> Slots | None:

@@ -67,6 +67,7 @@ class _Offer:
     def __init__(self, request: PlacementRequest, view: ClusterView, held: Held | None) -> None:
         self._request, self._view, self._held = request, view, held
         self.gaps = max(1.0, min(request.max_new_tokens, view.expected_tokens) - 1)
+        self._depths: dict[int, int] = {}
         self.first: Floats
         self.work: Floats
         self.decode_s: Floats
@@ -108,9 +109,9 @@ class _Offer:
             # The work counts twice: it takes this request's time, and as much from whoever comes next.
             prefill = _lowest(self.first + self.work + pools.not_prefill, first_random)
             return prefill, _lowest(self.decode_s + pools.not_decode, second_random)
-        self.first, self.work, self.decode_s = view.scratch
+        self.first, self.work, self.decode_s = view.scratch_rows
         slots, blocks = (b"", b"") if self._held is None else self._held.buffers
-        return view.core.best(
+        prefill, decode, *depths = view.core.best(
             view.num_slots,
             view.table,
             view.block_size,
@@ -125,9 +126,14 @@ class _Offer:
             first_random,
             second_random,
         )
+        self._depths = {prefill: depths[0], decode: depths[1]}
+        return prefill, decode
 
     def depth(self, slot: int) -> int:
-        return 0 if self._held is None else self._held.depth(slot)
+        if self._held is None:
+            return 0
+        known = self._depths.get(slot)
+        return self._held.depth(slot) if known is None else known
 
     def alone(self, pools: Pools, rng: random.Random) -> int:
         """Return the worker that serves the request soonest all by itself."""

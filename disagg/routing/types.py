@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import NamedTuple
 
 from disagg.types import WorkerInfo, WorkerLoad, WorkerStatus
 
@@ -45,8 +46,7 @@ class PlacementRequest:
     resumed: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class Prediction:
+class Prediction(NamedTuple):
     """What is expected of a placement, in seconds.
 
     ttft: until the first token; of it wait_s is spent behind others' work, and service_s would be left on an
@@ -71,8 +71,7 @@ class Prediction:
         return self.ttft - self.wait_s
 
 
-@dataclass(frozen=True, slots=True)
-class Placement:
+class Placement(NamedTuple):
     """Where a request runs. prefill_worker == decode_worker means that there is no hand-off.
 
     cached_tokens: tokens that the prefill worker is expected to have in its prefix cache. lag_s: how much

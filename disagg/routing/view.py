@@ -106,7 +106,7 @@ class ClusterView:
         self.calibration = Calibration()
         self._pools: Pools | None = None
         self._allocate(_INITIAL_SLOTS)
-        self._rows = list(self._table)
+        self._rows, self._scratch_rows = list(self._table), list(self._scratch)
 
     queued_tokens, sequences, excess, kv_blocks = (_Column(row) for row in range(4))
     begin_s, token_s, attended_s, step_s, place_s = (_Column(row) for row in range(4, 9))
@@ -122,6 +122,11 @@ class ClusterView:
     def scratch(self) -> Floats:
         """Room for a policy's own prices, shape [3, num_slots]; valid until the next placement."""
         return self._scratch
+
+    @property
+    def scratch_rows(self) -> list[Floats]:
+        """The same by rows."""
+        return self._scratch_rows
 
     def shorter(self, turn: int) -> Floats:
         """Return over slots the queued tokens of prompts whose turn is not later."""
@@ -142,7 +147,7 @@ class ClusterView:
         self._allocate(2 * len(self._ready))
         for name, values in old.items():
             getattr(self, name)[..., : values.shape[-1]] = values
-        self._rows = list(self._table)
+        self._rows, self._scratch_rows = list(self._table), list(self._scratch)
 
     # -- workers -------------------------------------------------------------------------------------
 
@@ -218,6 +223,10 @@ class ClusterView:
     def costs(self, slot: int) -> WorkerCosts:
         """Return the present prices of one worker; read only."""
         return self._priced(slot) if slot in self._stale else self._accounts[slot].costs
+
+    def account(self, slot: int) -> Account:
+        """Return the load of one worker; read only."""
+        return self._accounts[slot]
 
     def size_of_block(self, slot: int) -> int:
         """Return tokens per KV block of one worker."""

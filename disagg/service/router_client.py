@@ -9,7 +9,6 @@ stay in the view and the local router decides.
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 import logging
 import random
 import time
@@ -175,7 +174,7 @@ class RouterClient:
 
     def _place_alone(self, request: PlacementRequest) -> Placement:
         decided = self._local.place(request, self._clock())
-        placement = dataclasses.replace(decided, kind=PlacementKind.STALE_VIEW)
+        placement = decided._replace(kind=PlacementKind.STALE_VIEW)
         self.stale_placements += 1
         if self._on_stale_placement is not None:
             self._on_stale_placement(placement)

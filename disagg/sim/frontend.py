@@ -56,7 +56,7 @@ class FrontEnd:
             self._alone = None
         if self._alone is not None:
             placed = self._alone.place(request, now)
-            return self._counted(dataclasses.replace(placed, kind=PlacementKind.STALE_VIEW))
+            return self._counted(placed._replace(kind=PlacementKind.STALE_VIEW))
         assert self.admission is not None
         placement = self.admission.ask(request, now)
         return None if placement is None else self._counted(placement)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -254,7 +253,7 @@ class _Stubborn:
 
     def choose(self, wanted: Any, view: Any, index: Any, rng: Any) -> Any:
         slot = view.slot(self._worker)
-        return replace(self._own.choose(wanted, view, index, rng), prefill=slot)
+        return self._own.choose(wanted, view, index, rng)._replace(prefill=slot)
 
 
 def _run(rates: dict[str, float], seconds: float, seed: int, **config: Any) -> dict[str, tuple[float, float]]:

@@ -6,7 +6,6 @@ import os
 import random
 import subprocess
 import sys
-from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -67,7 +66,7 @@ class Story:
             slo_tpot_s=rng.choice([None, 0.015, 0.1]),
         )
         if len(self.router.view.pools().ready):
-            self.told.append(asdict(self.router.place(wanted, self.now)))
+            self.told.append(self.router.place(wanted, self.now))
             self.alive.append(wanted.request_id)
 
     def run(self, steps: int) -> None:
@@ -115,13 +114,13 @@ def test_compiled_and_python_decide_the_same(policy: str, seed: int, workers: in
 @needs_core
 def test_the_compiled_core_refuses_what_does_not_fit() -> None:
     assert CORE.best is not None and CORE.write_rows is not None and CORE.price is not None
-    table = CORE.make_table()
+    table, chains = CORE.make_table(), CORE.make_chains()
     slots = np.zeros(4, dtype=np.int64)
     for call in (
         lambda: table.store([1], -1),
         lambda: table.store([1], 2**30),
-        lambda: table.held([1], [], slots, -1),
-        lambda: table.held([1], [], np.zeros(4, dtype=np.int32), 4),
+        lambda: table.held([1], chains, slots, -1),
+        lambda: table.held([1], chains, np.zeros(4, dtype=np.int32), 4),
     ):
         with pytest.raises(ValueError):
             call()
@@ -130,19 +129,26 @@ def test_the_compiled_core_refuses_what_does_not_fit() -> None:
             call()
     for call in (
         lambda: table.store(["a"], 1),  # type: ignore[list-item]
-        lambda: table.held([1], [(1, 2)], slots, 4),  # type: ignore[list-item]
+        lambda: table.held([1], [(1, 2)], slots, 4),
+        lambda: chains.add([1], ["a"]),  # type: ignore[list-item]
         lambda: CORE.price and CORE.price(object(), 1.0, 0.0),
     ):
         with pytest.raises(TypeError):
             call()
+    leaf = chains.add([1, 2], [0])
+    for wrong in ((leaf + 1, 0), (0, 0), (leaf, 1)):
+        with pytest.raises(KeyError):
+            chains.drop(*wrong)
+    chains.drop(leaf, 0)
+    assert chains.num_blocks == chains.num_expected == 0
     table.store([1], 3)
     with pytest.raises(ValueError):
-        table.held([1], [], np.full(4, 9, dtype=np.int64), 4)
-    assert table.held([1], [], np.arange(4, dtype=np.int64), 4) is not None
+        table.held([1], chains, np.full(4, 9, dtype=np.int64), 4)
+    assert table.held([1], chains, np.arange(4, dtype=np.int64), 4) is not None
     size = 4
     arrays = [np.zeros((24, size)), np.ones(size), np.zeros(size), np.zeros(size), np.zeros((3, size))]
     inside: list[Any] = [size, *arrays, b"", b"", 10.0, 1, 1.0, 0.5, 0.5]
-    assert CORE.best(*inside) == (2, 2)
+    assert CORE.best(*inside) == (2, 2, 0, 0)
     for at, wrong in ((0, 5), (0, 0), (1, np.zeros((23, size))), (5, np.zeros((3, size), dtype=np.int64))):
         with pytest.raises(ValueError):
             CORE.best(*inside[:at], wrong, *inside[at + 1 :])
