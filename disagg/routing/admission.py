@@ -11,8 +11,10 @@ between idle and full (Mooncake, FAST '25, section 6). Nor is a request taken th
 break theirs, or one that is due later in the queue.
 
 Never refused: a request that was admitted before (its worker died), any while predictions are mere guesses,
-and whatever an idle worker could begin at once. An objective that not even an idle cluster could meet asks
-for nothing. Pure: no clock, no I/O; `now` is seconds on any one clock.
+and whatever an idle worker could begin at once. An objective that not even an idle cluster could meet, by the
+measured times of its steps, asks for nothing: such a request is served as soon as may be, and refused only
+where it would wait longer than max_wait_s or the queue is full. Pure: no clock, no I/O; `now` is seconds on any
+one clock.
 """
 
 from __future__ import annotations
@@ -258,7 +260,7 @@ class Admission:
     def _slo_ttft_s(request: PlacementRequest, prediction: Prediction) -> float:
         """Return the objective, inf where there is none that an idle cluster could meet."""
         wanted = request.slo_ttft_s
-        return math.inf if wanted is None or wanted < prediction.service_s else wanted
+        return math.inf if wanted is None or wanted < prediction.least_ttft else wanted
 
     def _refusal(self, item: Waiting, offer: _Offer, now: float) -> _Refusal | None:
         """Return why the request can't be admitted, None if it can."""
@@ -292,7 +294,7 @@ class Admission:
         # How long until one sequence fewer decodes there.
         turnover_s = view.expected_tokens * costs.step_s / costs.sequences
         wanted = request.slo_tpot_s
-        if wanted is not None and prediction.idle_tpot <= wanted < prediction.later_tpot * caution / part:
+        if wanted is not None and prediction.least_tpot <= wanted < prediction.later_tpot * caution / part:
             return _Refusal(Reason.TPOT, turnover_s)
         streams = self._streams.get(offer.choice.decode)
         if streams:
@@ -337,7 +339,7 @@ class Admission:
         self._shares.served(request.tenant, offer.work_s, now)
         self._forget(request.request_id)
         wanted, decode = request.slo_tpot_s, offer.choice.decode
-        if wanted is not None and wanted < offer.prediction.idle_tpot:
+        if wanted is not None and wanted < offer.prediction.least_tpot:
             wanted = None
         self._promises[request.request_id] = _Promise(
             request.frontend_id,

@@ -70,6 +70,19 @@ class Prediction(NamedTuple):
     def service_s(self) -> float:
         return self.ttft - self.wait_s
 
+    @property
+    def least_ttft(self) -> float:
+        """What an idle worker's own steps take, and nothing else: no objective below can ever be met.
+
+        Not corrected: what came late under a heavy load would make every objective look out of reach.
+        """
+        return (self.raw or self).service_s
+
+    @property
+    def least_tpot(self) -> float:
+        """The same between tokens."""
+        return (self.raw or self).idle_tpot
+
 
 class Placement(NamedTuple):
     """Where a request runs. prefill_worker == decode_worker means that there is no hand-off.

@@ -91,6 +91,28 @@ def test_refuses_whose_first_token_would_be_late_and_says_when_to_return() -> No
     assert isinstance(gate.ask(request("again", 100, slo_ttft_s=1.0), 1.0), Placement)
 
 
+def test_late_answers_under_load_put_no_objective_out_of_reach() -> None:
+    """What requests took longer than predicted is learned as a constant, but no idle worker takes so long."""
+    gate = admission(backlog_s=60.0)
+    for number in range(40):
+        gate.ask(request(f"late{number}", 100 + number), 0.0)
+        gate.prefilled(f"late{number}", 3.0 + 0.001 * number)
+        gate.finished(f"late{number}", 60.0, 30)
+    asked = request("probe", 100, slo_ttft_s=0.8, slo_tpot_s=0.2)
+    _, prediction = gate.router.consider(asked)
+    assert prediction.service_s > 0.8 and prediction.idle_tpot > 0.2, "else this tests nothing"
+    assert prediction.least_ttft < 0.2 and prediction.least_tpot < 0.1
+    assert flood(gate, num_tokens=100, slo_ttft_s=0.8) <= 8
+    assert gate.refused[Reason.TTFT] > 0
+
+
+def test_what_can_never_be_met_waits_no_longer_than_anything_else_may() -> None:
+    gate = admission(backlog_s=60.0, max_wait_s=2.0)
+    taken = flood(gate, num_tokens=100, slo_ttft_s=1e-3)
+    assert 10 < taken < 30, "each takes 0.1 s"
+    assert set(gate.refused) == {Reason.WAIT}
+
+
 def test_a_refusal_holds_for_others_unless_their_prompts_may_be_cached() -> None:
     gate = admission(backlog_s=60.0)
     flood(gate, num_tokens=100, slo_ttft_s=1.0)
