@@ -37,7 +37,7 @@ RoutingPolicy = Literal[
 KVTransport = Literal["auto", "shm", "grpc", "nccl", "nixl"]
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 Quantization = Literal["int8", "int4"]
-Kernels = Literal["auto", "native", "triton", "torch"]
+Kernels = Literal["auto", "native", "triton", "flashinfer", "torch"]
 Device = Literal["auto", "cpu", "cuda"]
 
 # KV cache where none is asked for: bytes on a CPU, a share of what weights leave free on a GPU.

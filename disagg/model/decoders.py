@@ -75,9 +75,9 @@ def choose_decoder(
             reason = str(error)
     elif quantization is not None:
         reason = f"{wanted} kernels compute with full weights"
-    elif wanted == "triton":
+    elif wanted in ("triton", "flashinfer"):
         try:
-            return _triton(model, cache, config, max_model_len)
+            return _triton(model, cache, config, max_model_len, flashinfer=wanted == "flashinfer")
         except KernelsUnavailableError as error:
             reason = str(error)
     if quantization is not None:
@@ -107,7 +107,9 @@ def _native(model: Transformer, quantization: Quantization | None) -> Decoder:
     return decoder
 
 
-def _triton(model: Transformer, cache: KVCache, config: EngineConfig, max_model_len: int) -> Decoder:
+def _triton(
+    model: Transformer, cache: KVCache, config: EngineConfig, max_model_len: int, *, flashinfer: bool
+) -> Decoder:
     if importlib.util.find_spec("triton") is None:
         raise KernelsUnavailableError("triton is not installed (the gpu extra has it)")
     if _on_cpu(model) and os.environ.get("TRITON_INTERPRET") != "1":
@@ -120,8 +122,10 @@ def _triton(model: Transformer, cache: KVCache, config: EngineConfig, max_model_
         block_size=cache.block_size,
         max_model_len=max_model_len,
         max_num_seqs=min(config.max_num_seqs, config.max_num_batched_tokens),
+        flashinfer=flashinfer,
     )
-    log.info("computing with Triton kernels on %s", model.embed_tokens.device)
+    prefill = ", FlashInfer's attention for prompts" if flashinfer else ""
+    log.info("computing with Triton kernels%s on %s", prefill, model.embed_tokens.device)
     return decoder
 
 

@@ -30,12 +30,17 @@ from disagg.model.host_memory import upload
 from disagg.model.kernels.common import num_processors
 from disagg.model.kernels.decode_attention import decode_attention, workspace_elements
 from disagg.model.kernels.kv_store import store_kv
-from disagg.model.kernels.prefill_attention import prefill_attention
 from disagg.model.kernels.rms_norm import add_rms_norm
 from disagg.model.kernels.rope import apply_rope_
 from disagg.model.kernels.swiglu import swiglu
 from disagg.model.kernels.tiling import check_head_dim, padded
 from disagg.model.kv_cache import KVCache
+from disagg.model.prefill_backends import (
+    FlashInferPrefill,
+    PrefillBackend,
+    PrefillChunks,
+    TritonPrefill,
+)
 from disagg.model.step import StepInput
 from disagg.model.transformer import DecoderLayer, Transformer
 
@@ -44,8 +49,8 @@ from disagg.model.transformer import DecoderLayer, Transformer
 class _DeviceBatch:
     """A step on the device. T tokens; the first num_decodes of B chunks are single tokens.
 
-    token_ids, positions, slots: [T]. tables: [B, n]. context_lens: [B], the chunk's own tokens included.
-    query_starts: [B - num_decodes + 1], counted from the first token after the decodes.
+    token_ids, positions, slots: [T]. tables: [num_decodes and more, n]. context_lens: [num_decodes and more],
+    a chunk's own tokens included. What attention needs of the others, the prefill backend has.
     """
 
     token_ids: Tensor
@@ -53,9 +58,7 @@ class _DeviceBatch:
     slots: Tensor
     tables: Tensor
     context_lens: Tensor
-    query_starts: Tensor
     num_decodes: int
-    max_query_len: int
     max_context: int
 
 
@@ -63,13 +66,23 @@ class TritonDecoder:
     """A decoder on `model`'s device with the weights of `model`.
 
     block_size: of the cache. max_model_len: longest sequence; max_num_seqs: sequences of a step at most.
+    flashinfer: it computes the attention of prompts' chunks.
     drawn: int64 [max_num_seqs] on the device; a token id of -1 - row in a step means drawn[row].
-    Raises ConfigError where the kernels can't take the model's head dimension or the block size.
+    Raises ConfigError where the kernels can't take the model's head dimension or the block size, and
+    KernelsUnavailableError where FlashInfer is asked for and can't be used.
     """
 
     own_threads = False
 
-    def __init__(self, model: Transformer, *, block_size: int, max_model_len: int, max_num_seqs: int) -> None:
+    def __init__(
+        self,
+        model: Transformer,
+        *,
+        block_size: int,
+        max_model_len: int,
+        max_num_seqs: int,
+        flashinfer: bool = False,
+    ) -> None:
         spec = model.spec
         check_head_dim(spec.head_dim)
         if block_size != padded(block_size):
@@ -81,6 +94,17 @@ class TritonDecoder:
         self._model = model
         self._device = model.embed_tokens.device
         self._scale = 1.0 / math.sqrt(spec.head_dim)
+        self._prefill: PrefillBackend = TritonPrefill(self._scale)
+        if flashinfer:
+            self._prefill = FlashInferPrefill(
+                num_heads=spec.num_heads,
+                num_kv_heads=spec.num_kv_heads,
+                head_dim=spec.head_dim,
+                block_size=block_size,
+                scale=self._scale,
+                dtype=model.embed_tokens.dtype,
+                device=self._device,
+            )
         self._max_model_len = max_model_len
         self.max_num_seqs = max_num_seqs
         self.drawn = torch.zeros(max_num_seqs, dtype=torch.int64, device=self._device)
@@ -140,16 +164,25 @@ class TritonDecoder:
             [step.token_ids, step.positions, slots, context_lens, starts, step.sample_rows, tables],
             self._device,
         )
-        rest = lengths[num_decodes:]
+        device_tables = pieces[6].view(tables.shape)
+        if num_decodes < step.num_chunks:
+            self._prefill.prepare(
+                PrefillChunks(
+                    lengths=lengths[num_decodes:].astype(np.int64),
+                    contexts=context_lens[num_decodes:],
+                    block_tables=tables[num_decodes:],
+                    tables=device_tables[num_decodes:],
+                    query_starts=pieces[4],
+                    context_lens=pieces[3][num_decodes:],
+                )
+            )
         batch = _DeviceBatch(
             token_ids=pieces[0],
             positions=pieces[1],
             slots=pieces[2],
             context_lens=pieces[3],
-            query_starts=pieces[4],
-            tables=pieces[6].view(tables.shape),
+            tables=device_tables,
             num_decodes=num_decodes,
-            max_query_len=int(rest.max()) if len(rest) else 0,
             max_context=int(context_lens.max()),
         )
         return batch, pieces[5]
@@ -161,9 +194,7 @@ class TritonDecoder:
             slots=inputs.slots,
             tables=inputs.tables,
             context_lens=inputs.context_lens,
-            query_starts=inputs.context_lens,
             num_decodes=len(inputs.token_ids),
-            max_query_len=0,
             # The same graph serves every context.
             max_context=self._max_model_len,
         )
@@ -209,16 +240,6 @@ class TritonDecoder:
                 out=out[:first],
                 workspace=self._workspace,
             )
-        if batch.max_query_len:
-            prefill_attention(
-                q[first:],
-                kv,
-                batch.tables[first:],
-                batch.query_starts,
-                batch.context_lens[first:],
-                scale=self._scale,
-                max_query_len=batch.max_query_len,
-                window=layer.window,
-                out=out[first:],
-            )
+        if first < len(out):
+            self._prefill.attend(q[first:], kv, window=layer.window, out=out[first:])
         return out.view(x.shape[0], heads * dim)
