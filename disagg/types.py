@@ -207,7 +207,11 @@ class KVHandle:
 
 @dataclass(frozen=True, slots=True)
 class KVLayout:
-    """What two workers must agree on before a block moves. dtype is torch's name without the prefix."""
+    """What two workers must agree on before a block moves. dtype is torch's name without the prefix.
+
+    tp_size: ranks among which the worker's cache is divided, by heads. A block is that of all of them, in one
+    order whatever the degree.
+    """
 
     model: str
     dtype: str
@@ -219,10 +223,9 @@ class KVLayout:
 
     @property
     def block_bytes(self) -> int:
-        """Bytes of one block over all layers on one rank: keys and values."""
+        """Bytes of one block over all layers and heads: keys and values."""
         itemsize = {"float32": 4, "bfloat16": 2, "float16": 2, "float8_e4m3fn": 1}[self.dtype]
-        heads = self.num_kv_heads // self.tp_size
-        return self.num_layers * 2 * heads * self.block_size * self.head_dim * itemsize
+        return self.num_layers * 2 * self.num_kv_heads * self.block_size * self.head_dim * itemsize
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,7 @@ import os
 import socket
 import uuid
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -204,6 +204,7 @@ class WorkerProcess:
 
     def _wire(self, engine: Engine, runner: ModelRunner, segment: SharedSegment) -> Worker:
         spec, transfer = self._spec, self._spec.config.transfer
+        layout = replace(runner.layout, tp_size=self._num_ranks)
         self._membership = WorkerMembership(
             self._router_address,
             spec.secret,
@@ -212,7 +213,7 @@ class WorkerProcess:
             take_samples=self._recorder.take,
         )
         self._publisher = KVTransferService(
-            runner.layout,
+            layout,
             segment,
             worker_id=spec.worker_id,
             incarnation=self.incarnation,
@@ -232,7 +233,7 @@ class WorkerProcess:
             timeout_s=transfer.pull_timeout_s,
         )
         client = KVTransferClient(
-            runner.layout,
+            layout,
             segment,
             worker_id=spec.worker_id,
             incarnation=self.incarnation,

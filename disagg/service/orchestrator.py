@@ -47,6 +47,9 @@ logger = logging.getLogger(__name__)
 
 # After a worker's death the view may name it for one more moment; a retry at once would find it again.
 RETRY_DELAY_S = 0.05
+# How long a request that runs already waits for a worker where none is left: one is replaced in seconds.
+CAPACITY_WAIT_S = 15.0
+CAPACITY_POLL_S = 0.2
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,7 +153,7 @@ class Orchestrator:
     async def _run(self, story: _Story) -> AsyncGenerator[StepOutput, None]:
         while True:
             try:
-                placement = await self._place(story)
+                placement = await (self._place_again(story) if story.lost else self._place(story))
                 try:
                     async with aclosing(self._attempt(story, placement)) as outputs:
                         async for output in outputs:
@@ -164,11 +167,14 @@ class Orchestrator:
                 self._note_loss(story, error)
                 await asyncio.sleep(RETRY_DELAY_S)
 
-    def _note_loss(self, story: _Story, error: WorkerLostError) -> None:
-        """Count a lost worker against the retry budget. Raises NoCapacityError when that is spent."""
+    def _note_loss(self, story: _Story, error: WorkerLostError, attempt: Attempt | None = None) -> None:
+        """Count a lost worker against the retry budget. Raises NoCapacityError when that is spent.
+
+        attempt: whose it was, if not the current one's.
+        """
         logger.warning("request %s resumes: %s", story.request.request_id, error.message)
         if story.timeline.attempts:
-            story.timeline.current.lost = error.worker_id
+            (attempt or story.timeline.current).lost = error.worker_id
         self._metrics.resumes.labels("worker_lost").inc()
         story.lost.append(error.worker_id)
         if len(story.lost) > self._max_resumes:
@@ -214,6 +220,17 @@ class Orchestrator:
             )
         )
         return placement
+
+    async def _place_again(self, story: _Story) -> Placement:
+        """Place a request that has lost a worker, once there is one. Raises as `_place`."""
+        gives_up_at = self._clock() + CAPACITY_WAIT_S
+        while True:
+            try:
+                return await self._place(story)
+            except NoCapacityError:
+                if self._clock() >= gives_up_at:
+                    raise
+                await self._before_deadline(story, asyncio.sleep(CAPACITY_POLL_S))
 
     def _objectives(self, request: GenerationRequest) -> tuple[float | None, float | None]:
         """Return the request's TTFT and TPOT objectives in seconds, where it has them."""
@@ -295,19 +312,33 @@ class Orchestrator:
     async def _try_again(
         self, story: _Story, hand_off: _HandOff, error: WorkerLostError | KVLostError | OverloadedError
     ) -> bool:
-        """Choose who decodes instead, while the KV is still published; False where nobody can have it."""
-        prefill_id = hand_off.handle.worker_id
+        """Choose who decodes instead, while the KV is still published; False where the request is to be
+        placed anew.
+        """
         hand_off.tried.add(hand_off.worker_id)
         hand_off.on_decode.close()
         hand_off.early = None
-        if isinstance(error, WorkerLostError) and error.worker_id == prefill_id:
+        if isinstance(error, WorkerLostError) and error.worker_id == hand_off.handle.worker_id:
             return False
-        if not self._another_decodes({prefill_id, *hand_off.tried, *story.lost}):
-            # One that lives is told to compute what it can't have; a lost one's request is placed anew.
-            return isinstance(error, KVLostError)
-        if isinstance(error, WorkerLostError):
-            self._note_loss(story, error)
-        placement = await self._place(story, excluded=(*story.lost, *hand_off.tried))
+        attempt = story.timeline.current
+        if await self._goes_to_another(story, hand_off):
+            if isinstance(error, WorkerLostError):
+                self._note_loss(story, error, attempt)
+            return True
+        if isinstance(error, OverloadedError):
+            await self._before_deadline(story, asyncio.sleep(error.retry_after))
+        # One that lives has room again, or is told to compute what it can't have.
+        return not isinstance(error, WorkerLostError)
+
+    async def _goes_to_another(self, story: _Story, hand_off: _HandOff) -> bool:
+        """Give the hand-off to a decode worker that was not tried yet; False where there is none."""
+        unfit = (*story.lost, *hand_off.tried)
+        if not self._another_decodes({hand_off.handle.worker_id, *unfit}):
+            return False
+        try:
+            placement = await self._place(story, excluded=unfit)
+        except NoCapacityError:
+            return False  # the view was behind the router's
         self._router.prefilled(story.request.request_id)
         hand_off.worker_id = placement.decode_worker
         self._metrics.recoveries.labels("other_worker").inc()

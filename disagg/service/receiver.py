@@ -51,15 +51,11 @@ class KVPuller(Protocol):
     """The side of a hand-off that goes on."""
 
     def keep_alive(self, handle: KVHandle) -> None:
-        """Renew the lease in the background until it is pulled or let go."""
-        ...
-
-    async def let_go(self, handle: KVHandle) -> None:
-        """Stop renewing a lease that will not be pulled, and tell its owner."""
+        """Renew the lease in the background until it is pulled or left."""
         ...
 
     def leave(self, handle: KVHandle) -> None:
-        """Stop renewing a lease that another worker may pull."""
+        """Stop renewing a lease: it is its owner's to end, or another worker's to pull."""
         ...
 
     async def started(self, handle: KVHandle) -> None:

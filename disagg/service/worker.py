@@ -384,14 +384,18 @@ class Worker(worker_pb2_grpc.WorkerServicer):
         self._leave(request_id, tracked)
 
     async def _stop_receiving(self, tracked: _Tracked) -> None:
-        """Free a receiving request's blocks once nobody writes into them any more, and let its peer go."""
+        """Free a receiving request's blocks once nobody writes into them any more.
+
+        Its lease is not ended: the front end may be cut off from this worker alone, and another one pull by
+        now. Where the front end is gone too, the prefill worker knows and drops it.
+        """
         incoming = tracked.incoming
         if incoming is None or incoming.task is None:
             return
         incoming.task.cancel()
         await asyncio.gather(incoming.task, return_exceptions=True)
         self.abort(incoming.request_id)
-        await self._puller.let_go(incoming.handle)
+        self._puller.leave(incoming.handle)
 
     # -- loop side: the engine's commands ------------------------------------------------------------
 

@@ -1,17 +1,17 @@
 """The side of a hand-off that goes on: pulls a peer's blocks into its own cache.
 
     keep_alive ──► started ──► pull = (locate ─► read)* ─► release ──► "live until now" ? the bytes count
-             └───► let_go
+             └───► leave
 
 A pull follows the peer's computing: each `locate` waits for blocks that are not here yet, and its answer says
 whether what was read before it was still the request's (the lease lives, in the same epoch). When a pull
-fails, the lease is left to whoever may try next.
+fails or is given up, the lease is left to whoever may try next: only its owner, whom the front end tells,
+knows that nobody will.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from disagg.config import KVTransport
-from disagg.errors import InvalidRequestError, KVLostError, KVWithdrawnError, LayoutMismatchError
+from disagg.errors import InvalidRequestError, KVLostError, KVWithdrawnError
 from disagg.tls import ClusterTLS
 from disagg.transfer.agreement import Device
 from disagg.transfer.calls import DamagedKVError, PeerUnreachableError, answered, peer_errors
@@ -127,7 +127,6 @@ class KVTransferClient:
             openers=openers,
         )
         self._keeper = LeaseKeeper(self._connections, lease_s / RENEWALS_PER_LEASE)
-        self._releases: set[asyncio.Task[None]] = set()
 
     # -- pulling -------------------------------------------------------------------------------------
 
@@ -170,10 +169,6 @@ class KVTransferClient:
                     self._on_retry()
                     await asyncio.sleep(RETRY_DELAY_S)
             raise AssertionError("unreachable")
-        except asyncio.CancelledError:
-            # Whoever wanted it is gone.
-            self._release_later(handle)
-            raise
         finally:
             self._keeper.stop(handle)
 
@@ -261,30 +256,16 @@ class KVTransferClient:
     # -- leases that wait ----------------------------------------------------------------------------
 
     def keep_alive(self, handle: KVHandle) -> None:
-        """Renew the lease in the background until it is pulled or let go."""
+        """Renew the lease in the background until it is pulled or left."""
         self._keeper.keep(handle)
 
     def leave(self, handle: KVHandle) -> None:
-        """Stop renewing a lease that another worker may pull."""
+        """Stop renewing: the lease is its owner's to end, or another worker's to pull."""
         self._keeper.stop(handle)
-
-    async def let_go(self, handle: KVHandle) -> None:
-        """Stop renewing and end the lease, as far as its owner can be reached. Raises nothing."""
-        self._keeper.stop(handle)
-        with contextlib.suppress(KVLostError, LayoutMismatchError), peer_errors(handle.worker_id):
-            async with asyncio.timeout(self._timeout_s):
-                connection = await self._connections.connect((handle.worker_id, handle.incarnation))
-                located = await self._locate_now(connection, handle)
-                await self._release(connection, handle, located.epoch)
 
     async def _locate_now(self, connection: Connection, handle: KVHandle) -> worker_pb2.LocateResponse:
         request = worker_pb2.LocateRequest(handle=handle_to_proto(handle))
         return await answered(connection.stub.Locate(request, metadata=self._connections.metadata))
-
-    def _release_later(self, handle: KVHandle) -> None:
-        release = asyncio.get_running_loop().create_task(self.let_go(handle))
-        self._releases.add(release)
-        release.add_done_callback(self._releases.discard)
 
     # -- peers ---------------------------------------------------------------------------------------
 
@@ -310,8 +291,4 @@ class KVTransferClient:
 
     async def close(self) -> None:
         await self._keeper.close()
-        releases = list(self._releases)
-        for release in releases:
-            release.cancel()
-        await asyncio.gather(*releases, return_exceptions=True)
         await self._connections.close()

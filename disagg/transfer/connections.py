@@ -23,7 +23,7 @@ from disagg.transfer.bulk_reader import BulkReader
 from disagg.transfer.calls import answered, peer_errors
 from disagg.transfer.readers import BlockReader, SharedMemoryReader, StreamReader
 from disagg.transfer.segment import host_id, map_peer
-from disagg.transfer.wire import check_same_layout, layout_to_proto
+from disagg.transfer.wire import check_layout, layout_to_proto
 from disagg.types import KVLayout
 from disagg.v1 import worker_pb2, worker_pb2_grpc
 
@@ -150,9 +150,15 @@ class Connections:
                 )
             if (response.worker_id, response.incarnation) != peer:
                 raise KVLostError(f"{address} does not answer as {peer[0]}")
-            check_same_layout(self._layout, response.layout)
+            check_layout(self._layout, response.layout)
             reader = await self._reader(Reached(channel, stub, response, address))
-            logger.info("KV from %s travels by %s", peer[0], reader.transport)
+            logger.info(
+                "KV from %s travels by %s, from %d ranks to %d",
+                peer[0],
+                reader.transport,
+                response.layout.tp_size,
+                self._layout.tp_size,
+            )
             return Connection(channel, stub, reader)
         except BaseException:
             await channel.close()

@@ -21,8 +21,8 @@ from disagg.transfer.leases import LeaseTable
 from disagg.transfer.segment import SharedSegment, host_id
 from disagg.transfer.wire import (
     canary_bytes,
+    check_layout,
     check_published,
-    check_same_layout,
     handle_from_proto,
     layout_to_proto,
     probe_handle,
@@ -202,7 +202,7 @@ class KVTransferService(worker_pb2_grpc.KVTransferServicer):
         self, request: worker_pb2.ConnectRequest, context: Context
     ) -> worker_pb2.ConnectResponse:
         try:
-            check_same_layout(self._layout, request.layout)
+            check_layout(self._layout, request.layout)
             segment = self._segment.describe() if request.host_id == self._host_id else None
         except (KVLostError, LayoutMismatchError) as error:
             await _refuse(context, error)

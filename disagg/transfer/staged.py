@@ -196,15 +196,11 @@ class StagedPuller:
         self._mover = mover
         self._rows = rows
         self._timeout_s = timeout_s
-        self._letting_go: set[asyncio.Task[None]] = set()
         # One: the bus is exhausted by one copy.
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="kv-to-device")
 
     def keep_alive(self, handle: KVHandle) -> None:
         self._client.keep_alive(handle)
-
-    async def let_go(self, handle: KVHandle) -> None:
-        await self._client.let_go(handle)
 
     def leave(self, handle: KVHandle) -> None:
         self._client.leave(handle)
@@ -238,16 +234,11 @@ class StagedPuller:
             async with asyncio.timeout(self._timeout_s):
                 return await self._rows.wait_for(count)
         except BaseException as error:
-            letting_go = asyncio.get_running_loop().create_task(self._client.let_go(handle))
-            self._letting_go.add(letting_go)
-            letting_go.add_done_callback(self._letting_go.discard)
+            self._client.leave(handle)
             if isinstance(error, TimeoutError):
                 raise KVLostError(f"no room in staging memory within {self._timeout_s:g} s") from None
             raise
 
     async def close(self) -> None:
-        for letting_go in list(self._letting_go):
-            letting_go.cancel()
-        await asyncio.gather(*self._letting_go, return_exceptions=True)
         await self._client.close()
         self._executor.shutdown(wait=False, cancel_futures=True)

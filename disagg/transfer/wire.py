@@ -15,27 +15,39 @@ PROBE_REQUEST_ID = "probe"
 # How a block's bytes are arranged: [layer, K/V, head, token, dim]. Another number for another arrangement.
 LAYOUT_VERSION = 1
 
-_LAYOUT_FIELDS = ("model", "dtype", "block_size", "num_layers", "num_kv_heads", "head_dim", "tp_size")
+_SAME_FIELDS = ("model", "dtype", "block_size", "num_layers", "num_kv_heads", "head_dim")
 # Longer than any fingerprint; a peer must not choose how long our error messages are.
 _MAX_SHOWN_CHARS = 80
 
 
 def layout_to_proto(layout: KVLayout) -> worker_pb2.KVLayout:
-    fields = {name: getattr(layout, name) for name in _LAYOUT_FIELDS}
-    return worker_pb2.KVLayout(version=LAYOUT_VERSION, **fields)
+    fields = {name: getattr(layout, name) for name in _SAME_FIELDS}
+    return worker_pb2.KVLayout(version=LAYOUT_VERSION, tp_size=layout.tp_size, **fields)
 
 
-def check_same_layout(ours: KVLayout, theirs: worker_pb2.KVLayout) -> None:
-    """Raise LayoutMismatchError naming every field that differs."""
+def check_layout(ours: KVLayout, theirs: worker_pb2.KVLayout) -> None:
+    """Raise LayoutMismatchError naming every field that differs.
+
+    Tensor-parallel degrees may differ: blocks have all heads, in one order. One into which the heads can't be
+    divided is refused, since who claims it does not have that order.
+    """
     differences = [
         f"{name}: {_shown(getattr(ours, name))} here, {_shown(getattr(theirs, name))} there"
-        for name in _LAYOUT_FIELDS
+        for name in _SAME_FIELDS
         if getattr(ours, name) != getattr(theirs, name)
     ]
     if theirs.version != LAYOUT_VERSION:
         differences.append(f"version: {LAYOUT_VERSION} here, {theirs.version} there")
+    if not _divides_heads(theirs.tp_size, ours.num_kv_heads):
+        told = f"tp_size: {ours.tp_size} here, {theirs.tp_size} there"
+        differences.append(f"{told}, which can't share {ours.num_kv_heads} key heads")
     if differences:
         raise LayoutMismatchError("KV layouts differ in " + "; ".join(differences))
+
+
+def _divides_heads(tp_size: int, num_kv_heads: int) -> bool:
+    """Whether each rank has equally many heads, or each head equally many ranks that hold it."""
+    return tp_size > 0 and (num_kv_heads % tp_size == 0 or tp_size % num_kv_heads == 0)
 
 
 def _shown(value: str | int) -> str:

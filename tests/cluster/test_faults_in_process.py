@@ -69,6 +69,22 @@ async def test_a_pool_that_is_gone_is_replaced_by_what_lives(cluster: Cluster, c
     assert again.token_ids == expected.token_ids
 
 
+async def test_a_request_waits_for_workers_to_be_replaced(counting: list[int]) -> None:
+    async with running_cluster() as cluster:
+        expected = await ask(cluster, counting[:100], max_tokens=300)
+        asking = asyncio.create_task(ask(cluster, counting[:100], max_tokens=300, cache_salt="x"))
+        async with asyncio.timeout(10):
+            while not cluster.workers["decode-0"].worker.load.num_running:
+                await asyncio.sleep(0.002)
+        await asyncio.gather(vanish(cluster, "prefill-0"), vanish(cluster, "decode-0"))
+        await asyncio.sleep(0.5)
+        assert not asking.done()
+        for role in (Role.PREFILL, Role.DECODE):
+            await cluster.add_worker(f"{role.value}-0", role)
+        assert (await asking).token_ids == expected.token_ids
+        await cluster.wait_idle()
+
+
 async def test_closing_the_stream_frees_both_sides(cluster: Cluster, counting: list[int]) -> None:
     for stop_after in (0, 1, 2, 5):
         request = GenerationRequest(

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from disagg.config import BUNDLED_MODEL
-from disagg.errors import KVLostError, KVWithdrawnError, OverloadedError
+from disagg.errors import KVLostError, KVWithdrawnError, NoCapacityError, OverloadedError
 from disagg.service.generation import GenerationRequest
 from disagg.service.tokenizer import Tokenizer
 from disagg.transfer.calls import DamagedKVError
@@ -263,6 +263,65 @@ async def test_a_full_decode_worker_leaves_the_kv_to_another(prompt: list[int]) 
         counts = await recoveries(cluster)
         assert counts["other_worker"] == refused.count(False)
         assert counts["recompute"] == 0
+        await cluster.wait_idle(5.0)
+
+
+async def test_a_full_decode_worker_is_waited_for_where_there_is_no_other(prompt: list[int]) -> None:
+    async with running_cluster() as cluster:
+        expected = await ask(cluster, prompt)
+        engine = cluster.workers["decode-0"].worker._engine
+        original, refusals = engine.add, iter([True])
+
+        def add(request: Any, **options: Any) -> None:
+            if not options.get("awaits_token", False) and next(refusals, False):
+                raise OverloadedError("injected", retry_after=1.0)
+            original(request, **options)
+
+        engine.add = add  # type: ignore[method-assign]
+        cluster.gateway.generator._reserve = lambda *_: None  # type: ignore[union-attr, attr-defined]
+        assert (await ask(cluster, prompt, cache_salt="full")).token_ids == expected.token_ids
+        assert next(refusals, None) is None
+        await cluster.wait_idle(5.0)
+
+
+async def test_a_view_behind_the_routers_does_not_end_a_request(prompt: list[int]) -> None:
+    """The front end believes that another worker could have the KV; the router knows that none is left."""
+    async with running_cluster(decode=2) as cluster:
+        expected = await ask(cluster, prompt)
+        for name in ("decode-0", "decode-1"):
+            replace_pull(cluster, name, lambda: KVLostError("injected"))
+        assert cluster.gateway is not None
+        router = cluster.gateway.generator._router  # type: ignore[attr-defined]
+        original = router.place
+
+        async def place(request: Any) -> Any:
+            if request.excluded:
+                raise NoCapacityError("injected")
+            return await original(request)
+
+        router.place = place
+        assert (await ask(cluster, prompt, cache_salt="behind")).token_ids == expected.token_ids
+        counts = await recoveries(cluster)
+        assert (counts["other_worker"], counts["recompute"]) == (0, 1)
+        await cluster.wait_idle(5.0)
+
+
+async def test_a_decode_worker_that_is_cut_off_leaves_the_kv_to_another(prompt: list[int]) -> None:
+    """Only its stream to the front end breaks: it lives, and gives the request up."""
+    async with running_cluster(decode=2) as cluster:
+        expected = await ask(cluster, prompt)
+        slow_down(cluster, "prefill-0", 0.1)
+        copies = {name: watch_copies(cluster, name) for name in ("decode-0", "decode-1")}
+        asking = asyncio.create_task(ask(cluster, prompt, cache_salt="cut"))
+        async with asyncio.timeout(10):
+            while not any(copies.values()):
+                await asyncio.sleep(0.002)
+        victim = next(name for name, seen in copies.items() if seen)
+        assert cluster.gateway is not None
+        pool = cluster.gateway.generator._workers  # type: ignore[attr-defined]
+        await pool.connect(victim).close()
+        assert (await asking).token_ids == expected.token_ids
+        assert (await recoveries(cluster)) == {"pull_again": 0, "other_worker": 1, "recompute": 0}
         await cluster.wait_idle(5.0)
 
 

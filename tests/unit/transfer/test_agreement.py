@@ -6,7 +6,7 @@ import pytest
 
 from disagg.errors import KVLostError, LayoutMismatchError
 from disagg.transfer.agreement import Device, Side, device_from_proto, transports_for
-from disagg.transfer.wire import LAYOUT_VERSION, check_same_layout, layout_to_proto
+from disagg.transfer.wire import LAYOUT_VERSION, check_layout, layout_to_proto
 from tests.unit.transfer.transfer_support import LAYOUT
 
 CPU = ("shm", "grpc", "nccl", "nixl")
@@ -63,12 +63,12 @@ def test_a_refusal_says_why(wanted: str, ours: Side, theirs: Side, words: tuple[
 
 def test_another_arrangement_of_bytes_is_refused_by_its_number() -> None:
     theirs = layout_to_proto(LAYOUT)
-    check_same_layout(LAYOUT, theirs)
+    check_layout(LAYOUT, theirs)
     theirs.version = LAYOUT_VERSION + 1
     with pytest.raises(
         LayoutMismatchError, match=rf"version: {LAYOUT_VERSION} here, {LAYOUT_VERSION + 1} there"
     ):
-        check_same_layout(LAYOUT, theirs)
+        check_layout(LAYOUT, theirs)
 
 
 def test_an_unknown_device_is_refused() -> None:

@@ -167,7 +167,7 @@ async def test_a_worker_pulls_from_itself(directory: Directory, node: Node) -> N
 # -- waiting ---------------------------------------------------------------------------------------------
 
 
-async def test_waiting_leases_are_kept_alive_until_let_go(directory: Directory) -> None:
+async def test_waiting_leases_are_kept_alive_until_left(directory: Directory) -> None:
     async with (
         running_node(directory, lease_s=0.6) as node,
         running_client(directory, lease_s=0.6) as (client, segment),
@@ -183,24 +183,30 @@ async def test_waiting_leases_are_kept_alive_until_let_go(directory: Directory) 
         await asyncio.sleep(1.8)
         assert node.released == ["forgotten"]
         await client.pull(kept[0], 0, [1])
-        await client.let_go(kept[1])
+        client.leave(kept[1])
         assert np.array_equal(segment.blocks[1], node.segment.blocks[1])
-        assert node.released == ["forgotten", "kept-0", "kept-1"]
-        await client.let_go(kept[2])
-        await client.let_go(kept[2])
-        assert node.released[3:] == ["kept-2"]
+        # Left is not ended: another worker may pull it.
+        assert node.released == ["forgotten", "kept-0"]
+        async with asyncio.timeout(10):
+            while node.released[2:] != ["kept-1"]:
+                await asyncio.sleep(0.02)
+        client.leave(kept[2])
+        client.leave(kept[2])
+        async with asyncio.timeout(10):
+            while node.released[3:] != ["kept-2"]:
+                await asyncio.sleep(0.02)
         # Nothing is left that could renew.
         async with asyncio.timeout(10):
             while client._keeper._renewers:
                 await asyncio.sleep(0.02)
 
 
-async def test_letting_go_of_an_unknown_worker_is_nothing(directory: Directory) -> None:
+async def test_leaving_an_unknown_worker_is_nothing(directory: Directory) -> None:
     async with running_node(directory) as node, running_client(directory) as (client, _):
         handle = node.publish("r", [1])
         directory.known.clear()
         client.keep_alive(handle)
-        await client.let_go(handle)
+        client.leave(handle)
 
 
 # -- probe -----------------------------------------------------------------------------------------------
