@@ -13,8 +13,8 @@ break theirs, or one that is due later in the queue.
 Never refused: a request that was admitted before (its worker died), any while predictions are mere guesses,
 and whatever an idle worker could begin at once. An objective that not even an idle cluster could meet, by the
 measured times of its steps, asks for nothing: such a request is served as soon as may be, and refused only
-where it would wait longer than max_wait_s or the queue is full. Pure: no clock, no I/O; `now` is seconds on any
-one clock.
+where it would wait longer than max_wait_s or the queue is full. Pure: no clock, no I/O; `now` is seconds on
+any one clock.
 """
 
 from __future__ import annotations
