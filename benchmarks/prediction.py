@@ -81,7 +81,7 @@ def median_absolute(buckets: Buckets) -> float:
 async def measure(cluster: LocalCluster, arguments: argparse.Namespace) -> list[dict[str, Any]]:
     load = Load(cluster, None)
     await load.warm_up()
-    await load.calibrate(arguments.slack)
+    await load.calibrate(min(arguments.rates), arguments.seconds, arguments.slack)
     rows = []
     for rate in arguments.rates:
         before = errors(cluster)
@@ -114,7 +114,7 @@ def main() -> None:
     parser.add_argument("--rates", type=float, nargs="+", default=[2.0, 4.0], help="requests/s")
     parser.add_argument("--seconds", type=float, default=40.0, help="of each rate")
     parser.add_argument(
-        "--slack", type=float, default=4.0, help="objectives: times what a request takes alone"
+        "--slack", type=float, default=4.0, help="objectives: times the 90th percentile at the lowest rate"
     )
     parser.add_argument("--chunk", type=int, default=128, help="token budget of a step")
     parser.add_argument("--json", type=Path)

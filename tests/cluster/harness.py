@@ -56,7 +56,8 @@ async def running_cluster(
     base: dict[str, Any] = {
         "engine": {"num_kv_blocks": 400, "max_num_batched_tokens": 64, "block_size": 16},
         "frontend": {"port": 0, "grpc_port": 0},
-        "router": {"heartbeat_s": 0.1},
+        # Every request is handed over, however short: that is what is tested here.
+        "router": {"heartbeat_s": 0.1, "local_prefill": False},
         "transfer": {"lease_s": 2.0},
     }
     for section, values in (settings or {}).items():

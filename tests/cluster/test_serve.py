@@ -29,9 +29,9 @@ COUNT = " ".join(str(number) for number in range(1, 60))
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     folder = tmp_path_factory.mktemp("served")
-    # Bursts here are to be answered however long that takes on a busy machine.
+    # Bursts here are to be answered however long that takes on a busy machine, and every prompt handed over.
     patient = folder / "patient.yaml"
-    patient.write_text("admission: {max_wait_s: 600}")
+    patient.write_text("admission: {max_wait_s: 600}\nrouter: {local_prefill: false}\n")
     arguments = ("--prefill", "2", "--decode", "2", "--max-num-batched-tokens", "128")
     with serving(folder, "--config", str(patient), *arguments) as running:
         yield running

@@ -121,7 +121,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
                 "network": {"host": "auto"},
                 "prefill": {"resources": {"first": 0.01}, "threads": 1, "pin_threads": False},
                 "decode": {"resources": {"second": 0.01}, "threads": 1, "pin_threads": False},
-                "router": {"resources": {"first": 0.01}},
+                "router": {"resources": {"first": 0.01}, "local_prefill": False},
                 "frontend": {"resources": {"first": 0.01}, "port": PORT, "grpc_port": 9000},
                 "transfer": {"pull_timeout_s": PULL_TIMEOUT_S, "lease_s": 10},
             }

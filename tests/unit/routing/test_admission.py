@@ -31,7 +31,7 @@ def _samples() -> list[StepSample]:
 
 
 def admission(*, fitted: bool = True, prefill: int = 1, decode: int = 1, **config: Any) -> Admission:
-    made = Router(RouterConfig(), random.Random(7))
+    made = Router(RouterConfig(policy="prefix_aware"), random.Random(7))
     for role, count in ((PREFILL, prefill), (DECODE, decode)):
         for index in range(count):
             name = f"{role.value}-{index}"
