@@ -212,7 +212,7 @@ class RouterConfig(_Frozen):
     resources: custom resources of Ray that the router and the controller each take of their node.
     """
 
-    policy: RoutingPolicy = "prefix_aware"
+    policy: RoutingPolicy = "slo"
     local_prefill: bool = True
     heartbeat_s: float = Field(0.5, gt=0)
     dead_after_s: float = Field(3.0, gt=0)

@@ -131,7 +131,7 @@ async def test_join_attach_place_finish(setup: Setup) -> None:
     assert client.connected and client.router_pid > 0
     placement = await client.place(request("r"))
     assert (placement.prefill_worker, placement.decode_worker) == ("p", "d")
-    assert placement.kind is PlacementKind.DISAGGREGATED and placement.policy == "prefix_aware"
+    assert placement.kind is PlacementKind.DISAGGREGATED and placement.policy == "slo"
     routed = setup.server.router.view
     assert routed.charges_of("p")["tokens"] == 100
     client.prefilled("r")
@@ -516,7 +516,7 @@ async def test_scrape_shows_decisions_placements_and_workers(setup: Setup) -> No
         await client.place(request(f"r{index}"))
     for _ in range(2):
         text = (await client.scrape(5.0)).decode()
-    assert 'disagg_router_placements_total{kind="disaggregated",policy="prefix_aware"} 3.0' in text
+    assert 'disagg_router_placements_total{kind="disaggregated",policy="slo"} 3.0' in text
     assert "disagg_router_decision_seconds_count 3.0" in text
     assert 'disagg_workers{role="prefill",state="ready"} 1.0' in text
     assert 'disagg_workers{role="mixed",state="ready"} 0.0' in text
