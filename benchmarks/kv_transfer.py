@@ -1,12 +1,12 @@
-"""How fast KV moves between two worker processes: each transport beside what bounds it.
+"""How fast KV moves between two worker processes, beside what bounds it, and what a request waits for it.
 
     python benchmarks/kv_transfer.py --json out.json
 
-The publishing side runs in a process of its own. Limits are measured in the same run, each just before the
-pull that it is compared with: for shared memory one numpy copy of the same bytes; for the others a bare TCP
-stream of them between the same two processes, `sendall` from the one cache and `recv_into` the other, over a
-connection that is kept. Figures are medians over --runs, shares medians of the runs' own shares; a first
-round of each warms up.
+--only rates: each transport alone. The publishing side runs in a process of its own. Limits are measured in
+the same run, each just before the pull that it is compared with: for shared memory one numpy copy of the same
+bytes; for the others a bare TCP stream of them between the same two processes, `sendall` from the one cache
+and `recv_into` the other, over a connection that is kept. Figures are medians over --runs, shares medians of
+the runs' own shares; a first round of each warms up.
 
 Rows: kv_transfer/TRANSPORT/N_tokens for the KV of an 81 M model in fp32, kv_transfer/TRANSPORT/8b/N_tokens
 for that of an 8 B model in bf16, and latency_ms in each. `grpc` is the bulk stream that a pull between hosts
@@ -14,6 +14,11 @@ takes; `grpc_messages` what is left of it where only the gRPC port can be reache
 --kv-transport nccl is on CPUs; `nixl` UCX by whatever it chooses between processes of one host, `nixl_tcp`
 over TCP alone (neither where NIXL is not installed). Sizes that would need more than a quarter of the free
 memory are left out.
+
+--only requests: `disagg serve` with a prefill and a decode worker of the 81 M model, a core each, per
+transport; unlike prompts one after the other. TTFT is the client's; a pull's seconds in all, and those of
+them after the last chunk was computed, are what the request added to disagg_kv_transfer_seconds and
+disagg_kv_transfer_exposed_seconds. Rows: kv_transfer/TRANSPORT/request/N_tokens/WHAT, medians over --rounds.
 """
 
 from __future__ import annotations
@@ -28,13 +33,14 @@ import secrets
 import socket
 import statistics
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+import kv_requests
 import numpy as np
 from rich.console import Console
 from rich.table import Table
@@ -91,6 +97,8 @@ CASES = (
 )
 # Not there on every machine.
 NIXL_CASES = (Case("nixl", "nixl"), Case("nixl_tcp", "nixl", environment={"UCX_TLS": "tcp"}))
+ALL_CASES = (*CASES, *(NIXL_CASES if find_spec("nixl") else ()))
+_TRANSPORT_NAMES = tuple(case.name for case in ALL_CASES)
 
 
 # -- the publishing process ------------------------------------------------------------------------------
@@ -269,10 +277,10 @@ def sizes_that_fit(shape: Shape) -> list[int]:
     return [tokens for tokens in TOKENS if COPIES_IN_MEMORY * shape.num_bytes(tokens) < available // 4]
 
 
-async def measure(runs: int, progress: Console) -> list[dict[str, Any]]:
+async def measure(cases: Sequence[Case], runs: int, progress: Console) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     for shape in SHAPES:
-        for case in (*CASES, *(NIXL_CASES if find_spec("nixl") else ())):
+        for case in cases:
             measured = await measure_case(shape, case, sizes_that_fit(shape), runs)
             for row in measured:
                 progress.print(f"{row['name']}: {row['value']:.2f} GB/s, {row['share']:.0%}", style="dim")
@@ -280,26 +288,36 @@ async def measure(runs: int, progress: Console) -> list[dict[str, Any]]:
     return rows
 
 
+def print_rates(rows: list[dict[str, Any]], title: str, console: Console) -> None:
+    table = Table("what", "ms", "GB/s", "limit", "share", title=title)
+    for row in rows:
+        figures = [f"{row[key]:.2f}" for key in ("latency_ms", "value", "limit")]
+        table.add_row(row["name"], *figures, f"{row['share']:.0%}")
+    console.print(table)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--runs", type=int, default=9)
+    parser.add_argument("--only", choices=("rates", "requests"))
+    parser.add_argument("--transports", nargs="+", choices=_TRANSPORT_NAMES, default=_TRANSPORT_NAMES)
+    parser.add_argument("--runs", type=int, default=9, help="pulls of each size")
+    parser.add_argument("--rounds", type=int, default=5, help="requests of each length")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
-    machine = describe_machine()
-    rows = asyncio.run(measure(arguments.runs, Console(stderr=True)))
-    title = f"{machine['cpu']}, {machine['cores']} cores, medians of {arguments.runs}"
-    table = Table("what", "ms", "GB/s", "limit", "share", title=title)
-    for row in rows:
-        table.add_row(
-            row["name"],
-            f"{row['latency_ms']:.2f}",
-            f"{row['value']:.2f}",
-            f"{row['limit']:.2f}",
-            f"{row['share']:.0%}",
-        )
-    Console().print(table)
+    machine, rows = describe_machine(), []
+    machine_name = f"{machine['cpu']}, {machine['cores']} cores, medians of"
+    if arguments.only != "requests":
+        cases = [case for case in ALL_CASES if case.name in arguments.transports]
+        rates = asyncio.run(measure(cases, arguments.runs, Console(stderr=True)))
+        print_rates(rates, f"{machine_name} {arguments.runs}", Console())
+        rows += rates
+    if arguments.only != "rates":
+        transports = [name for name in kv_requests.TRANSPORTS if name in arguments.transports]
+        requests = kv_requests.measure(transports, arguments.rounds, Console(stderr=True))
+        kv_requests.print_table(requests, f"{machine_name} {arguments.rounds}", Console())
+        rows += requests
     if arguments.json:
         arguments.json.write_text(json.dumps({"machine": machine, "rows": rows}, indent=2) + "\n")
 
