@@ -14,8 +14,9 @@ from dataclasses import dataclass
 
 from disagg.config import EngineConfig
 from disagg.engine.block_pool import BlockEvents, BlockPool
+from disagg.engine.integrity import check_queues, check_sequences
 from disagg.engine.runner import Batch, Runner
-from disagg.engine.scheduler import Reservation, Scheduler, rank
+from disagg.engine.scheduler import Reservation, Scheduler
 from disagg.engine.sequence import Sequence, SequenceStatus
 from disagg.errors import InvalidRequestError, OverloadedError, RankLostError
 from disagg.hashing import BlockHash, chain_root
@@ -401,10 +402,9 @@ class Engine:
 
     def check_integrity(self) -> None:
         """Compare blocks, tables, hashes and queues with each other, in O(blocks). Raises AssertionError."""
-        for seq in self._sequences.values():
-            self._check_sequence(seq)
         self._pool.check_integrity(self._block_owners())
-        self._check_queues()
+        check_sequences(self._sequences.values(), self._pool, self._config.block_size)
+        check_queues(Counter(seq.status for seq in self._sequences.values()), self._scheduler, self._num_held)
 
     def _block_owners(self) -> Counter[int]:
         """Return how often each block is in use."""
@@ -412,38 +412,6 @@ class Engine:
         for seq in self._sequences.values():
             owners.update(seq.block_table)
         return owners
-
-    def _check_sequence(self, seq: Sequence) -> None:
-        size = self._config.block_size
-        if len(seq.block_table) != len(set(seq.block_table)):
-            raise AssertionError(f"{seq.request_id} has a block twice")
-        if len(seq.block_table) * size < seq.num_computed_tokens:
-            raise AssertionError(f"{seq.request_id} has computed more tokens than its blocks hold")
-        for index, block_id in enumerate(seq.block_table):
-            found_as = self._pool.hash_of(block_id)
-            if found_as is None:
-                continue
-            computed = (index + 1) * size <= seq.num_computed_tokens
-            if not computed or found_as != seq.block_hashes[index]:
-                raise AssertionError(f"block {block_id} of {seq.request_id} is cached with other content")
-
-    def _check_queues(self) -> None:
-        scheduler = self._scheduler
-        counts = Counter(seq.status for seq in self._sequences.values())
-        sizes = {
-            SequenceStatus.WAITING: len(scheduler.waiting) + len(scheduler.early),
-            SequenceStatus.RECEIVING: len(scheduler.receiving),
-            SequenceStatus.RUNNING: len(scheduler.running),
-            SequenceStatus.HELD: self._num_held,
-        }
-        for status, size in sizes.items():
-            if counts[status] != size:
-                raise AssertionError(f"{counts[status]} sequences are {status.name}, queues have {size}")
-        growing = [seq for seq in (*scheduler.running, *scheduler.receiving.values()) if not seq.hold]
-        if len(growing) != scheduler.num_growing:
-            raise AssertionError(f"{len(growing)} sequences may grow, {scheduler.num_growing} are counted")
-        if scheduler.running != sorted(scheduler.running, key=rank):
-            raise AssertionError("the running sequences are out of order")
 
 
 def _output(

@@ -7,11 +7,9 @@ built anew in every process that serves.
 
 from __future__ import annotations
 
-import asyncio
 import random
 import time
 from collections.abc import Awaitable, Callable, Sequence
-from contextlib import aclosing
 from typing import TypeVar
 
 from prometheus_client import CONTENT_TYPE_LATEST
@@ -21,31 +19,25 @@ from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
-from starlette.types import Receive, Scope, Send
 
 from disagg.errors import DisaggError, InvalidRequestError
 from disagg.frontend import prompts
 from disagg.frontend.asgi import (
     ClientDisconnectedError,
     as_disagg_error,
-    error_object,
     error_response,
     json_response,
     read_body,
-    run_until_disconnect,
 )
 from disagg.frontend.auth import RequireApiKey
 from disagg.frontend.backend import Backend
 from disagg.frontend.dashboard import dashboard_page, sign_in
+from disagg.frontend.generation_response import GenerationResponse
 from disagg.frontend.objectives import given, objectives, request_timeout
 from disagg.frontend.openai_format import (
     ChatFormat,
-    Choice,
     CompletionFormat,
-    Extra,
-    ResponseFormat,
     ResponseOptions,
-    error_event,
 )
 from disagg.frontend.prompts import Prompt
 from disagg.frontend.schemas import (
@@ -57,25 +49,17 @@ from disagg.frontend.schemas import (
     TokenizeRequest,
     parse_body,
 )
-from disagg.frontend.text_generation import TextGeneration, stream_all, total_usage
+from disagg.frontend.text_generation import TextGeneration
 from disagg.routing.brake import Demand
 from disagg.service.generation import GenerationRequest, unroll
-from disagg.service.timeline import Timeline, describe
+from disagg.service.timeline import Timeline
 from disagg.types import SamplingParams
 
-# The orchestrator keeps deadlines; this much later the front end answers by itself.
-_DEADLINE_GRACE_S = 2.0
 # Key of the ASGI scope, which unlike its "state" belongs to one request whatever the server.
 _REQUEST_ID = "disagg.request_id"
 _ARRIVED = "disagg.arrived"
 # With the value 1, the answer ends with which workers served it and where its time went.
 EXPLAIN_HEADER = "x-disagg-explain"
-_SSE_HEADERS = [
-    (b"content-type", b"text/event-stream; charset=utf-8"),
-    (b"cache-control", b"no-cache"),
-    # Proxies that buffer would turn a stream into one late answer.
-    (b"x-accel-buffering", b"no"),
-]
 
 Endpoint = Callable[[Request], Awaitable[Response]]
 Body = TypeVar("Body", ChatCompletionRequest, CompletionRequest, TokenizeRequest, DetokenizeRequest)
@@ -344,7 +328,8 @@ class _Api:
             self._backend.model_name,
             options,
         )
-        return _GenerationResponse(
+        return GenerationResponse(
+            request.scope[_REQUEST_ID],
             response_format,
             generations,
             body.num_choices,
@@ -387,102 +372,6 @@ class _Api:
 
 
 _COMPLETION = (CompletionFormat, "cmpl")
-
-
-class _GenerationResponse(Response):
-    """Runs the generations when the server asks for the response, and until the client leaves.
-
-    The status is not sent before the first token exists, so whatever fails earlier has its proper one.
-    """
-
-    def __init__(
-        self,
-        response_format: ResponseFormat,
-        generations: Sequence[TextGeneration],
-        choices_per_prompt: int,
-        options: ResponseOptions,
-        *,
-        streams: bool,
-        explains: bool = False,
-    ) -> None:
-        super().__init__()
-        self._format = response_format
-        self._generations = generations
-        self._choices_per_prompt = choices_per_prompt
-        self._continuous = options.continuous_usage
-        self._streams = streams
-        self._explains = explains
-        self._started = False
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        request_id = scope[_REQUEST_ID]
-
-        async def answer() -> None:
-            try:
-                # The limit lies around all of it, since a timeout must not be entered inside a generator.
-                async with asyncio.timeout(self._generations[0].request.timeout_s + _DEADLINE_GRACE_S):
-                    await (self._stream(send, request_id) if self._streams else self._whole(send, request_id))
-            except Exception as error:
-                await self._fail(as_disagg_error(error, request_id), scope, receive, send)
-
-        try:
-            await run_until_disconnect(receive, answer())
-        except ClientDisconnectedError:
-            return
-
-    async def _stream(self, send: Send, request_id: str) -> None:
-        begun: set[int] = set()
-        running = len(self._generations)
-        async with aclosing(stream_all(self._generations)) as deltas:
-            async for index, delta in deltas:
-                usage = self._generations[index].usage if self._continuous else None
-                data = self._format.step(index, delta, usage)
-                if index not in begun:
-                    begun.add(index)
-                    data = self._format.first(index) + data
-                running -= delta.finish_reason is not None
-                if running and (data or not self._started):
-                    await self._send(send, request_id, data, more=True)
-        # Everything is closed by now, so the end of the stream is also the end of the request's cost.
-        total = total_usage(self._generations, self._choices_per_prompt)
-        data += self._format.last(total, self._explanation())
-        await self._send(send, request_id, data, more=False)
-
-    async def _whole(self, send: Send, request_id: str) -> None:
-        choices = [Choice(index) for index in range(len(self._generations))]
-        async with aclosing(stream_all(self._generations)) as deltas:
-            async for index, delta in deltas:
-                choices[index].add(delta)
-        total = total_usage(self._generations, self._choices_per_prompt)
-        body = self._format.whole(choices, total, self._explanation())
-        headers = [
-            (b"content-type", b"application/json"),
-            (b"content-length", str(len(body)).encode()),
-            (b"x-request-id", request_id.encode()),
-        ]
-        self._started = True
-        await send({"type": "http.response.start", "status": 200, "headers": headers})
-        await send({"type": "http.response.body", "body": body})
-
-    def _explanation(self) -> Extra | None:
-        """Return what became of each choice, for a client that asked: which workers served it, and when."""
-        if not self._explains:
-            return None
-        return {"disagg": {"choices": [describe(each.request.timeline) for each in self._generations]}}
-
-    async def _send(self, send: Send, request_id: str, data: bytes, *, more: bool) -> None:
-        if not self._started:
-            self._started = True
-            headers = [*_SSE_HEADERS, (b"x-request-id", request_id.encode())]
-            await send({"type": "http.response.start", "status": 200, "headers": headers})
-        await send({"type": "http.response.body", "body": data, "more_body": more})
-
-    async def _fail(self, error: DisaggError, scope: Scope, receive: Receive, send: Send) -> None:
-        if self._started:
-            event = error_event(error_object(error))
-            await send({"type": "http.response.body", "body": event, "more_body": False})
-        else:
-            await error_response(error, scope[_REQUEST_ID])(scope, receive, send)
 
 
 def _default_true(value: bool | None, unless: bool | None) -> bool:

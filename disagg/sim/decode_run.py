@@ -21,8 +21,8 @@ from collections.abc import Iterable
 
 from disagg.engine.engine import Engine
 from disagg.engine.runner import ScheduledSequence
-from disagg.engine.scheduler import rank
 from disagg.engine.sequence import Sequence, SequenceStatus
+from disagg.engine.waiting_queue import rank
 from disagg.types import SampledToken
 
 OUTPUT_TOKEN = -1

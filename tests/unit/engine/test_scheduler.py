@@ -14,8 +14,9 @@ from engine_fakes import (
 
 from disagg.config import EngineConfig
 from disagg.engine.block_pool import BlockPool
-from disagg.engine.scheduler import Scheduler, WaitingQueue
+from disagg.engine.scheduler import Scheduler
 from disagg.engine.sequence import Sequence
+from disagg.engine.waiting_queue import WaitingQueue
 from disagg.types import FinishReason
 
 

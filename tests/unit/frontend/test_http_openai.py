@@ -360,7 +360,7 @@ async def test_generation_without_an_end_is_an_error(
 async def test_generator_that_misses_the_deadline_is_cut_off(
     client: openai.AsyncOpenAI, backend: FakeBackend, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("disagg.frontend.http._DEADLINE_GRACE_S", 0.05)
+    monkeypatch.setattr("disagg.frontend.generation_response._DEADLINE_GRACE_S", 0.05)
     backend.generator.script = lambda _request: [HANG]
     with pytest.raises(openai.APIStatusError) as caught:
         await client.chat.completions.create(
