@@ -18,6 +18,9 @@ from disagg.transfer.calls import DamagedKVError
 from disagg.types import KVHandle, SamplingParams
 from tests.cluster.harness import Cluster, ask, running_cluster
 
+# The default policy may well leave a worker aside that has nothing to add.
+EVERY_WORKER_IN_TURN = {"router": {"policy": "round_robin"}}
+
 
 @pytest.fixture(scope="module")
 def prompt() -> list[int]:
@@ -187,7 +190,7 @@ async def test_damage_is_pulled_again_from_the_same_peer(prompt: list[int]) -> N
 
 
 async def test_another_decode_worker_pulls_what_one_cannot(prompt: list[int]) -> None:
-    async with running_cluster(decode=2) as cluster:
+    async with running_cluster(EVERY_WORKER_IN_TURN, decode=2) as cluster:
         expected = await ask(cluster, prompt)
         replace_pull(cluster, "decode-0", lambda: KVLostError("injected"))
         copies = watch_copies(cluster, "decode-1")
@@ -253,7 +256,7 @@ async def test_an_early_start_that_is_refused_is_no_refusal_of_the_request(promp
 
 
 async def test_a_full_decode_worker_leaves_the_kv_to_another(prompt: list[int]) -> None:
-    async with running_cluster(decode=2) as cluster:
+    async with running_cluster(EVERY_WORKER_IN_TURN, decode=2) as cluster:
         expected = await ask(cluster, prompt)
         refused = refuse(cluster, "decode-0", early_only=False)
         for index in range(6):
