@@ -120,7 +120,8 @@ IN_INTERPRETER = Plan(
 def random_runner(config: dict[str, Any], plan: Plan, device: torch.device) -> ModelRunner:
     """Return a runner of random weights and a cache full of noise, both made on the device."""
     from disagg.model.decode_graphs import rerun
-    from disagg.model.device_loading import runner_on_device
+    from disagg.model.device_loading import fit
+    from disagg.model.runner import runner_over
 
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "config.json").write_text(json.dumps({**config, "dtype": "bfloat16"}))
@@ -131,7 +132,7 @@ def random_runner(config: dict[str, Any], plan: Plan, device: torch.device) -> M
         model = Transformer(spec, dtype=getattr(torch, dtype), device=device)
         fill(model)
     cache_layout = layout(spec, model="random", dtype=dtype, block_size=plan.config.block_size)
-    runner = runner_on_device(model, plan.config, cache_layout, capture=None if cuda else rerun)
+    runner = runner_over(fit(model, plan.config, cache_layout), capture=None if cuda else rerun)
     runner.kv_cache.blocks.normal_()
     return runner
 

@@ -113,11 +113,23 @@ class WorkerLostError(DisaggError):
         self.worker_id = worker_id
 
 
-class RankLostError(DisaggError):
-    """A tensor-parallel rank of this worker died or hangs: no further step can be right, and it must end."""
+class RunnerLostError(DisaggError):
+    """This worker can compute no further step right, and must end."""
+
+    type = "runner_lost"
+    grpc_code = "UNAVAILABLE"
+
+
+class RankLostError(RunnerLostError):
+    """A tensor-parallel rank of this worker died or hangs: the others are out of step."""
 
     type = "rank_lost"
-    grpc_code = "UNAVAILABLE"
+
+
+class DeviceLostError(RunnerLostError):
+    """The GPU refuses every call from now on, as after a kernel that faulted."""
+
+    type = "device_lost"
 
 
 class KVLostError(DisaggError):

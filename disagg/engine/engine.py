@@ -18,7 +18,7 @@ from disagg.engine.integrity import check_queues, check_sequences
 from disagg.engine.runner import Batch, Runner
 from disagg.engine.scheduler import Reservation, Scheduler
 from disagg.engine.sequence import Sequence, SequenceStatus
-from disagg.errors import InvalidRequestError, OverloadedError, RankLostError
+from disagg.errors import InvalidRequestError, OverloadedError, RunnerLostError
 from disagg.hashing import BlockHash, chain_root
 from disagg.types import FinishReason, Request, SampledToken, StepOutput, WorkerLoad
 
@@ -258,7 +258,7 @@ class Engine:
     def step(self, now: float) -> list[StepOutput]:
         """Expire, schedule, run and account. A runner that fails costs the batch, not the engine.
 
-        Raises RankLostError where the runner can't compute anything from now on.
+        Raises RunnerLostError where the runner can't compute anything from now on.
         """
         expired = self.expire(now)
         batch = self.schedule(now)
@@ -267,7 +267,7 @@ class Engine:
         try:
             sampled = self._runner.execute(batch)
             check_result(batch, sampled)
-        except RankLostError:
+        except RunnerLostError:
             raise
         except Exception as error:
             logger.exception("a step of %d sequences failed", len(batch.items))

@@ -28,6 +28,7 @@ from disagg.config import EngineConfig
 from disagg.engine.engine import Engine, check_result
 from disagg.engine.runner import PLACEHOLDER, AsyncRunner, Batch, PendingStep, Runner
 from disagg.engine.sequence import Sequence, SequenceStatus
+from disagg.errors import RunnerLostError
 from disagg.types import FinishReason, StepOutput
 
 logger = logging.getLogger(__name__)
@@ -85,6 +86,7 @@ class OverlappedEngine(Engine):
     def step(self, now: float) -> list[StepOutput]:
         """Submit the next step, then wait for the one before it and account for that.
 
+        Raises RunnerLostError where the runner can't compute anything from now on.
         The first step returns nothing; each later one what the step before drew, until has_work is false.
         """
         outputs = self.expire(now)
@@ -104,6 +106,8 @@ class OverlappedEngine(Engine):
     def _submit(self, batch: Batch) -> list[StepOutput]:
         try:
             pending = self._async_runner.submit(batch)
+        except RunnerLostError:
+            raise
         except Exception as error:
             logger.exception("a step of %d sequences could not be submitted", len(batch.items))
             return self.fail(batch, f"{type(error).__name__}: {error}")
@@ -123,6 +127,8 @@ class OverlappedEngine(Engine):
             try:
                 sampled = flight.pending.result()
                 check_result(flight.batch, sampled)
+            except RunnerLostError:
+                raise
             except Exception as error:
                 logger.exception("a step of %d sequences failed", len(flight.batch.items))
                 outputs = self._fail_all(flight, f"{type(error).__name__}: {error}")

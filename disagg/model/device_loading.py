@@ -1,4 +1,4 @@
-"""A model's runner on a GPU, with a KV cache of the size that a trial run leaves room for.
+"""What a model computes with on a GPU: a decoder, and a KV cache for which a trial run shows the room.
 
     weights ─► trial of the worst step, over one block ─► blocks that fit into the rest ─► cache ─► graphs
 
@@ -10,17 +10,16 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
 
 from disagg.config import EngineConfig, Quantization
 from disagg.errors import ConfigError
-from disagg.model.decode_graphs import Capture
 from disagg.model.decoders import Decoder, choose_decoder
-from disagg.model.kv_cache import KVCache
-from disagg.model.runner import ModelRunner, model_len, runner_over
+from disagg.model.kv_cache import KVCache, model_len
+from disagg.model.parallel import RankGroup
 from disagg.model.step import StepInput
 from disagg.model.transformer import Transformer
 from disagg.types import KVLayout
@@ -66,7 +65,15 @@ class CudaMemory:
         return held + max(0, free - self.free())
 
 
-def runner_on_device(
+class Fitted(NamedTuple):
+    """A decoder, the cache that it computes over, and tokens of the longest sequence."""
+
+    decoder: Decoder
+    kv_cache: KVCache
+    max_model_len: int
+
+
+def fit(
     model: Transformer,
     engine_config: EngineConfig,
     cache_layout: KVLayout,
@@ -74,29 +81,46 @@ def runner_on_device(
     quantization: Quantization | None = None,
     max_model_len: int | None = None,
     memory: DeviceMemory | None = None,
-    capture: Capture | None = None,
-) -> ModelRunner:
-    """Give a loaded model a KV cache on its device, and what computes with both.
+) -> Fitted:
+    """Give a loaded model a decoder, and a KV cache of the heads that it has on its device.
 
+    All ranks of a model go through this together, and get as many blocks as the one with the least room.
     engine_config.kv_cache_memory: bytes, or a share of what is free once the weights are there, from which
-    a step's own needs are taken off. memory, capture: of the device; where None, CUDA's.
+    a step's own needs are taken off; of each rank's device. memory: of the device; where None, CUDA's.
     Raises ConfigError naming the field that can't be used.
     """
-    spec, device = model.spec, model.embed_tokens.device
-    memory = CudaMemory(device) if memory is None else memory
-    trial = KVCache(cache_layout, 1, device=device)
+    spec, device, heads = model.spec, model.embed_tokens.device, model.kv_heads
+    trial = KVCache(cache_layout, 1, device=device, heads=heads)
     with torch.inference_mode():
         limit = spec.limit_model_len(max_model_len)
         decoder = choose_decoder(model, trial, engine_config, max_model_len=limit, quantization=quantization)
         num_blocks = engine_config.num_kv_blocks
         if num_blocks is None:
+            memory = CudaMemory(device) if memory is None else memory
             needs = step_needs(decoder, trial, engine_config, memory)
-            num_blocks = affordable_blocks(
-                engine_config.kv_cache_budget(on_gpu=True), cache_layout.block_bytes, memory.free(), needs
+            budget = engine_config.kv_cache_budget(on_gpu=True)
+            own_bytes = cache_layout.block_bytes * heads.length // heads.total
+            num_blocks = _agreed(
+                model.group, lambda: affordable_blocks(budget, own_bytes, memory.free(), needs)
             )
     limit = model_len(spec, max_model_len, (num_blocks - 1) * cache_layout.block_size)
-    kv_cache = KVCache(cache_layout, num_blocks, device=device)
-    return runner_over(decoder, kv_cache, limit, capture=capture)
+    return Fitted(decoder, KVCache(cache_layout, num_blocks, device=device, heads=heads), limit)
+
+
+def _agreed(group: RankGroup | None, affordable: Callable[[], int]) -> int:
+    """Return the blocks that every rank affords. Raises ConfigError on all ranks if one can afford none."""
+    if group is None:
+        return affordable()
+    try:
+        own = affordable()
+    except ConfigError:
+        # The others wait for its answer.
+        group.least(0)
+        raise
+    blocks = group.least(own)
+    if not blocks:
+        raise ConfigError("kv_cache_memory: another rank has no room for it", param="kv_cache_memory")
+    return blocks
 
 
 def step_needs(decoder: Decoder, trial: KVCache, engine_config: EngineConfig, memory: DeviceMemory) -> int:

@@ -76,6 +76,17 @@ def _number(path: str) -> int | None:
         return None
 
 
+def model_len(spec: ModelSpec, max_model_len: int | None, capacity: int) -> int:
+    """Return the longest sequence of a model over `capacity` tokens of KV cache. Raises ConfigError."""
+    limit = spec.limit_model_len(max_model_len)
+    if max_model_len is not None and limit > capacity:
+        raise ConfigError(
+            f"max_model_len of {limit} tokens needs more KV cache than there is: it holds {capacity} tokens",
+            param="max_model_len",
+        )
+    return min(limit, capacity)
+
+
 class KVCache:
     """Keys and values of all blocks.
 

@@ -55,6 +55,19 @@ class RankGroup:
         self._group.gather([parts] if parts else [], [x], dist.GatherOptions()).wait()
         return torch.cat(parts, dim=-1) if parts else None
 
+    def broadcast(self, x: Tensor) -> Tensor:
+        """Replace x by rank 0's, in place; return it."""
+        self._group.broadcast([x], dist.BroadcastOptions()).wait()
+        return x
+
+    def least(self, value: int) -> int:
+        """Return the smallest of the ranks' values. The host waits for it."""
+        values = torch.tensor([value], device=self._device)
+        options = dist.AllreduceOptions()
+        options.reduceOp = dist.ReduceOp.MIN
+        self._group.allreduce([values], options).wait()
+        return int(values.item())
+
     def close(self) -> None:
         """Leave; whoever still waits for this rank fails."""
         self._group.abort()

@@ -34,8 +34,9 @@ _COUNTS = 4
 class RankSetup:
     """What a rank must know to load its shard. Names as in load_runner.
 
-    port: of rank 0's store. model: see plan_cache. buffer_fd, buffer_offset: the file that holds the worker's
-    KV cache and where in it, None for memory of the rank's own. cores: of its threads, none for any.
+    port: of rank 0's store. model: see plan_cache. num_blocks: of the cache, None for as many as fit
+    the devices. buffer_fd, buffer_offset: the file that holds the worker's KV cache and where in it, None for
+    memory of the rank's own. cores: of its threads, none for any.
     """
 
     rank: int
@@ -46,8 +47,8 @@ class RankSetup:
     model: str
     dtype: str
     engine: EngineConfig
-    num_blocks: int
-    max_model_len: int
+    num_blocks: int | None
+    max_model_len: int | None
     num_threads: int
     device: str
     buffer_fd: int | None = None

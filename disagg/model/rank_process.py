@@ -19,8 +19,10 @@ import torch
 
 from disagg.errors import ConfigError
 from disagg.model.config import read_spec
-from disagg.model.decoders import Decoder, choose_decoder
+from disagg.model.decoders import BackgroundDecoder
+from disagg.model.device_loading import Fitted
 from disagg.model.kv_cache import KVCache, layout
+from disagg.model.loading import load
 from disagg.model.parallel import RankGroup, join_store
 from disagg.model.rank_link import (
     Link,
@@ -32,7 +34,6 @@ from disagg.model.rank_link import (
     encode_report,
 )
 from disagg.model.shard import Shard
-from disagg.model.transformer import Transformer
 
 logger = logging.getLogger(__name__)
 
@@ -44,7 +45,7 @@ def follow(link: Link) -> None:
     """Serve one worker as the rank that its setup says, until rank 0 ends the link. Raises nothing."""
     try:
         setup = decode_setup(link.receive(SETUP_TIMEOUT_S))
-        decoder, cache = _load(setup, link)
+        decoder, cache, _ = _load(setup, link)
         link.send(encode_report(RankReport("ready")))
         with torch.inference_mode():
             while True:
@@ -66,7 +67,7 @@ def _tell(link: Link, report: RankReport) -> None:
         logger.info("rank 0 is gone")
 
 
-def _load(setup: RankSetup, link: Link) -> tuple[Decoder, KVCache]:
+def _load(setup: RankSetup, link: Link) -> Fitted:
     if setup.cores:
         os.sched_setaffinity(0, setup.cores)
     torch.set_num_threads(setup.num_threads)
@@ -79,17 +80,29 @@ def _load(setup: RankSetup, link: Link) -> tuple[Decoder, KVCache]:
     link.send(encode_report(RankReport("joining")))
     group = RankGroup(shard, store, device=device, timeout_s=setup.timeout_s)
     cache_layout = layout(spec, model=setup.model, dtype=setup.dtype, block_size=setup.engine.block_size)
-    cache = KVCache(
+    kv_cache = None
+    if setup.num_blocks is not None:
+        kv_cache = KVCache(
+            cache_layout,
+            setup.num_blocks,
+            buffer=_mapped(setup, setup.num_blocks * cache_layout.block_bytes),
+            device=device,
+            heads=shard.kv_heads(spec),
+        )
+    fitted = load(
+        spec,
+        setup.engine,
         cache_layout,
-        setup.num_blocks,
-        buffer=_mapped(setup, setup.num_blocks * cache_layout.block_bytes),
-        device=device,
-        heads=shard.kv_heads(spec),
+        group,
+        device,
+        max_model_len=setup.max_model_len,
+        kv_cache=kv_cache,
     )
-    with torch.inference_mode():
-        model = Transformer(spec, dtype=cache.dtype, device=device, group=group)
-        model.load()
-        return choose_decoder(model, cache, setup.engine, max_model_len=setup.max_model_len), cache
+    if device.type == "cuda" and isinstance(fitted.decoder, BackgroundDecoder):
+        # As rank 0 does now: its runner captures too, and a graph has the collectives of all ranks.
+        with torch.inference_mode():
+            fitted.decoder.capture(fitted.kv_cache, fitted.max_model_len)
+    return fitted
 
 
 def _mapped(setup: RankSetup, num_bytes: int) -> memoryview | None:

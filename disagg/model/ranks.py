@@ -27,7 +27,8 @@ import torch
 from torch import Tensor
 
 from disagg.errors import ConfigError, DisaggError, RankLostError
-from disagg.model.decoders import Decoder
+from disagg.model.decode_graphs import Capture
+from disagg.model.decoders import BackgroundDecoder, Decoder
 from disagg.model.kv_cache import KVCache
 from disagg.model.parallel import RankGroup, serve_store
 from disagg.model.rank_link import (
@@ -70,13 +71,14 @@ class RankProcesses:
         self._processes: list[subprocess.Popen[bytes]] = []
         self._on_lost: Callable[[RankLostError], None] | None = None
         self._lost: RankLostError | None = None
+        self._group: RankGroup | None = None
         self._noticed = threading.Event()
         self._closing = threading.Event()
         self._lock = threading.Lock()
         self._finalizer = weakref.finalize(self, _end, self._links, self._processes, 0.0)
         try:
             for rank in range(1, setup.size):
-                device = setup.device if setup.device == "cpu" else f"cuda:{rank}"
+                device = _device_of(rank, setup.device)
                 cores = rank_cores[rank] if rank_cores else ()
                 self._start(replace(setup, rank=rank, port=self._store.port, device=device, cores=cores))
         except BaseException:
@@ -100,7 +102,8 @@ class RankProcesses:
     def join(self, device: torch.device) -> RankGroup:
         """Return the group that all ranks form. Raises as `begin` does."""
         self._await_all("joining")
-        return RankGroup(Shard(0, self._size), self._store, device=device, timeout_s=self._timeout_s)
+        self._group = RankGroup(Shard(0, self._size), self._store, device=device, timeout_s=self._timeout_s)
+        return self._group
 
     def begin(self) -> None:
         """Return when every rank has loaded its shard; from then on a loss is noticed, step or not.
@@ -152,6 +155,9 @@ class RankProcesses:
             callback = self._on_lost
         self._noticed.set()
         logger.error("%s", error.message)
+        if self._group is not None:
+            # On a GPU a collective waits for a rank that is gone until somebody gives it up.
+            self._group.close()
         if callback is not None:
             callback(error)
         return error
@@ -160,14 +166,18 @@ class RankProcesses:
 
     def send_step(self, step: StepInput) -> None:
         """Let every other rank compute a step. Raises RankLostError."""
-        if self._lost is not None:
-            raise RankLostError(self._lost.message)
+        self.check()
         data = encode_step(step)
         for rank, link in enumerate(self._links, 1):
             try:
                 link.send(data)
             except LinkClosedError as error:
                 raise self.lost(f"tensor-parallel rank {rank} takes no step: {error}") from None
+
+    def check(self) -> None:
+        """Raise RankLostError once a rank is lost."""
+        if self._lost is not None:
+            raise RankLostError(self._lost.message)
 
     def lost(self, problem: str) -> RankLostError:
         """Return the error of a step that failed; the other ranks end, since they are out of step now.
@@ -236,6 +246,19 @@ def _failure(rank: int, report: RankReport) -> DisaggError:
     return RankLostError(f"tensor-parallel rank {rank} failed: {report.error or report.state}")
 
 
+def _device_of(rank: int, first: str) -> str:
+    """Return the device of a rank where rank 0's is `first`: the neighbours that follow it."""
+    device = torch.device(first)
+    return first if device.type == "cpu" else f"{device.type}:{(device.index or 0) + rank}"
+
+
+def lead(decoder: Decoder, ranks: RankProcesses) -> ParallelDecoder:
+    """Return rank 0's decoder with the other ranks behind it; a BackgroundDecoder if `decoder` is one."""
+    if isinstance(decoder, BackgroundDecoder):
+        return BackgroundParallelDecoder(decoder, ranks)
+    return ParallelDecoder(decoder, ranks)
+
+
 class ParallelDecoder:
     """Rank 0's decoder with the other ranks behind it; implements Decoder."""
 
@@ -254,3 +277,18 @@ class ParallelDecoder:
             return self._decoder.forward(step, cache)
         except Exception as error:
             raise self._ranks.lost(f"a tensor-parallel step failed: {error}") from error
+
+
+class BackgroundParallelDecoder(ParallelDecoder):
+    """The same on a GPU; implements BackgroundDecoder. When `forward` returns, the ranks have begun; when
+    rank 0's device has done the step, every rank has written its KV.
+    """
+
+    def __init__(self, decoder: BackgroundDecoder, ranks: RankProcesses) -> None:
+        super().__init__(decoder, ranks)
+        self.drawn = decoder.drawn
+        self._background = decoder
+
+    def capture(self, cache: KVCache, max_model_len: int, capture: Capture | None = None) -> None:
+        """As BackgroundDecoder.capture. The other ranks, which have come as far, capture at the same time."""
+        self._background.capture(cache, max_model_len, capture)

@@ -13,15 +13,16 @@ from disagg.engine.runner import Batch
 from disagg.errors import ConfigError, InvalidRequestError
 from disagg.model.config import DTYPES, ModelSpec, read_spec
 from disagg.model.decode_graphs import Capture
-from disagg.model.decoders import BackgroundDecoder, Decoder, choose_decoder
-from disagg.model.kv_cache import Buffer, KVCache, layout, num_blocks_for
+from disagg.model.decoders import BackgroundDecoder, Decoder
+from disagg.model.device_loading import Fitted
+from disagg.model.kv_cache import Buffer, KVCache, layout, model_len, num_blocks_for
+from disagg.model.loading import load
 from disagg.model.parallel import RankGroup
 from disagg.model.rank_link import RankSetup
-from disagg.model.ranks import STEP_TIMEOUT_S, ParallelDecoder, RankProcesses
+from disagg.model.ranks import STEP_TIMEOUT_S, RankProcesses, lead
 from disagg.model.sampler import Sampler
 from disagg.model.shard import Shard, check_size
 from disagg.model.step import step_input
-from disagg.model.transformer import Transformer
 from disagg.model.weights import fingerprint
 from disagg.types import KVLayout, Request, SampledToken
 
@@ -195,30 +196,32 @@ def load_runner(
     if tensor_parallel_size != 1:
         check_size(spec, tensor_parallel_size)
         _check_whole_kernels(engine_config, quantization)
-    if torch.device(device).type == "cuda" and tensor_parallel_size == 1 and buffer is None:
-        if num_blocks is not None:
-            engine_config = engine_config.model_copy(update={"num_kv_blocks": num_blocks})
-        return _load_on_device(
-            spec, engine_config, dtype, quantization, max_model_len=max_model_len, device=torch.device(device)
-        )
-    cache_layout, planned = plan_cache(
-        spec, engine_config, dtype=dtype, quantization=quantization, device=device
-    )
-    num_blocks = planned if num_blocks is None else num_blocks
-    limit = model_len(spec, max_model_len, (num_blocks - 1) * cache_layout.block_size)
-    heads = Shard(0, tensor_parallel_size).kv_heads(spec)
-    kv_cache = KVCache(cache_layout, num_blocks, buffer=buffer, device=device, heads=heads)
+    place = torch.device(device)
+    cache_layout = _cache_layout(spec, engine_config, fingerprint(folder), dtype, quantization, place)
+    kv_cache = None
+    if buffer is not None or not _fills_device(engine_config, place):
+        if num_blocks is None:
+            num_blocks = num_blocks_for(engine_config, cache_layout.block_bytes)
+        max_model_len = model_len(spec, max_model_len, (num_blocks - 1) * cache_layout.block_size)
+        heads = Shard(0, tensor_parallel_size).kv_heads(spec)
+        kv_cache = KVCache(cache_layout, num_blocks, buffer=buffer, device=place, heads=heads)
+    elif num_blocks is not None:
+        engine_config = engine_config.model_copy(update={"num_kv_blocks": num_blocks})
 
-    def load(group: RankGroup | None) -> Decoder:
-        with torch.inference_mode():
-            model = Transformer(spec, dtype=kv_cache.dtype, device=torch.device(device), group=group)
-            model.load()
-            return choose_decoder(
-                model, kv_cache, engine_config, max_model_len=limit, quantization=quantization
-            )
+    def load_own(group: RankGroup | None) -> Fitted:
+        return load(
+            spec,
+            engine_config,
+            cache_layout,
+            group,
+            place,
+            max_model_len=max_model_len,
+            quantization=quantization,
+            kv_cache=kv_cache,
+        )
 
     if tensor_parallel_size == 1:
-        return runner_over(load(None), kv_cache, limit)
+        return runner_over(load_own(None))
     fd, offset = (None, 0) if buffer_file is None else buffer_file
     setup = RankSetup(
         rank=0,
@@ -229,64 +232,51 @@ def load_runner(
         model=cache_layout.model,
         dtype=cache_layout.dtype,
         engine=engine_config,
-        num_blocks=num_blocks,
-        max_model_len=limit,
+        num_blocks=None if kv_cache is None else num_blocks,
+        max_model_len=max_model_len,
         num_threads=torch.get_num_threads(),
-        device=str(device),
+        device=str(place),
         buffer_fd=fd,
         buffer_offset=offset,
     )
-    return _runner_of_ranks(RankProcesses(setup, rank_cores), load, kv_cache, limit)
+    return _runner_of_ranks(RankProcesses(setup, rank_cores), load_own, place)
+
+
+def _fills_device(engine_config: EngineConfig, device: torch.device) -> bool:
+    """Whether the cache is what fits the device; under Triton's interpreter also a given number of blocks."""
+    return device.type != "cpu" or (
+        engine_config.kernels in ("triton", "flashinfer") and engine_config.num_kv_blocks is not None
+    )
 
 
 def _runner_of_ranks(
-    ranks: RankProcesses, load: Callable[[RankGroup], Decoder], kv_cache: KVCache, max_model_len: int
+    ranks: RankProcesses, load_own: Callable[[RankGroup], Fitted], device: torch.device
 ) -> ModelRunner:
-    """Load this rank's shard while the others load theirs."""
+    """Load this rank's shard, and capture its graphs, while the others do the same."""
     try:
-        decoder = load(ranks.join(kv_cache.blocks.device))
+        fitted = load_own(ranks.join(device))
+        runner = runner_over(fitted._replace(decoder=lead(fitted.decoder, ranks)), ranks=ranks)
         ranks.begin()
     except BaseException:
         ranks.close()
         raise
-    return ModelRunner(ParallelDecoder(decoder, ranks), kv_cache, max_model_len, ranks)
+    return runner
 
 
 def runner_over(
-    decoder: Decoder, kv_cache: KVCache, max_model_len: int, *, capture: Capture | None = None
+    fitted: Fitted, *, capture: Capture | None = None, ranks: RankProcesses | None = None
 ) -> ModelRunner:
     """Return the runner of a decoder: one that computes in the background where the decoder can.
 
-    capture: see DeviceRunner.
+    capture: see DeviceRunner. ranks: see ModelRunner.
     """
+    decoder, kv_cache, max_model_len = fitted
     if not isinstance(decoder, BackgroundDecoder):
-        return ModelRunner(decoder, kv_cache, max_model_len)
+        return ModelRunner(decoder, kv_cache, max_model_len, ranks)
     # Only here: it imports triton.
     from disagg.model.device_runner import DeviceRunner
 
-    return DeviceRunner(decoder, kv_cache, max_model_len, capture=capture)
-
-
-def _load_on_device(
-    spec: ModelSpec,
-    engine_config: EngineConfig,
-    dtype: str,
-    quantization: Quantization | None,
-    *,
-    max_model_len: int | None,
-    device: torch.device,
-) -> ModelRunner:
-    # Only here: it imports this module.
-    from disagg.model.device_loading import runner_on_device
-
-    identity = fingerprint(spec.folder)
-    cache_layout = _cache_layout(spec, engine_config, identity, dtype, quantization, device)
-    with torch.inference_mode():
-        model = Transformer(spec, dtype=getattr(torch, cache_layout.dtype), device=device)
-        model.load()
-    return runner_on_device(
-        model, engine_config, cache_layout, quantization=quantization, max_model_len=max_model_len
-    )
+    return DeviceRunner(decoder, kv_cache, max_model_len, capture=capture, ranks=ranks)
 
 
 def _check_whole_kernels(engine_config: EngineConfig, quantization: Quantization | None) -> None:
@@ -295,14 +285,3 @@ def _check_whole_kernels(engine_config: EngineConfig, quantization: Quantization
         raise ConfigError("quantization needs tensor_parallel_size 1", param="quantization")
     if engine_config.kernels == "native":
         raise ConfigError("kernels: native needs tensor_parallel_size 1", param="kernels")
-
-
-def model_len(spec: ModelSpec, max_model_len: int | None, capacity: int) -> int:
-    """Return the longest sequence of a model over `capacity` tokens of KV cache. Raises ConfigError."""
-    limit = spec.limit_model_len(max_model_len)
-    if max_model_len is not None and limit > capacity:
-        raise ConfigError(
-            f"max_model_len of {limit} tokens needs more KV cache than there is: it holds {capacity} tokens",
-            param="max_model_len",
-        )
-    return min(limit, capacity)

@@ -160,6 +160,7 @@ class Transformer:
 
     group: the ranks among which the model is cut, None for all of it here; the size must have passed
     check_size. All ranks go through `forward` with the same steps. spec: the shape of what is computed here.
+    kv_heads: which of the whole model's key heads these are.
     """
 
     own_threads = False
@@ -176,6 +177,7 @@ class Transformer:
         build = _Builder(dtype, device, group)
         self.group = group
         self.spec = shard.spec(spec)
+        self.kv_heads = shard.kv_heads(spec)
         self._vocabulary = shard.vocabulary(spec)
         rows = self._vocabulary, shard.vocabulary_width(spec), spec.hidden_size
         self.embed_tokens = build.vocabulary("model.embed_tokens", *rows)

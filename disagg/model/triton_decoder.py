@@ -67,7 +67,8 @@ class TritonDecoder:
 
     block_size: of the cache. max_model_len: longest sequence; max_num_seqs: sequences of a step at most.
     flashinfer: it computes the attention of prompts' chunks.
-    drawn: int64 [max_num_seqs] on the device; a token id of -1 - row in a step means drawn[row].
+    drawn: int64 [max_num_seqs] on the device; a token id of -1 - row in a step means drawn[row], of rank 0's
+    where the model is cut among several.
     Raises ConfigError where the kernels can't take the model's head dimension or the block size, and
     KernelsUnavailableError where FlashInfer is asked for and can't be used.
     """
@@ -208,6 +209,9 @@ class TritonDecoder:
     def _hidden(self, batch: _DeviceBatch, cache: KVCache) -> Tensor:
         """Return the normed last hidden states [T, hidden_size]; writes all tokens' KV."""
         layers, eps = self._model.layers, self.spec.rms_norm_eps
+        if self._model.group is not None:
+            # Rank 0 draws; what it drew last is here only now.
+            self._model.group.broadcast(self.drawn)
         residual = self._model.embed(self._token_ids(batch.token_ids))
         x = add_rms_norm(residual, None, layers[0].input_norm.weight, eps)
         following = [layer.input_norm for layer in layers[1:]] + [self._model.norm]

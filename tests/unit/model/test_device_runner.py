@@ -5,6 +5,9 @@ Triton's interpreter computes, and a repeated computation stands where a GPU rep
 
 from __future__ import annotations
 
+import os
+import signal
+import threading
 from collections.abc import Callable
 
 import pytest
@@ -15,13 +18,14 @@ from disagg.config import EngineConfig
 from disagg.engine.engine import Engine
 from disagg.engine.overlap import OverlappedEngine, engine_for
 from disagg.engine.runner import PLACEHOLDER, AsyncRunner, Batch, ScheduledSequence
-from disagg.errors import ConfigError
+from disagg.errors import ConfigError, DeviceLostError, RankLostError
+from disagg.model import device_runner
 from disagg.model.config import read_spec
 from disagg.model.decode_graphs import rerun
-from disagg.model.device_loading import affordable_blocks, runner_on_device, trial_step
+from disagg.model.device_loading import affordable_blocks, fit, trial_step
 from disagg.model.device_runner import DeviceRunner
 from disagg.model.kv_cache import layout
-from disagg.model.runner import ModelRunner, load_runner
+from disagg.model.runner import ModelRunner, load_runner, runner_over
 from disagg.model.transformer import Transformer
 from disagg.types import Request, SamplingParams, StepOutput
 
@@ -148,6 +152,85 @@ def test_an_overlapped_engine_gives_the_tokens_of_the_torch_decoder(small):
                 assert left.logprob == pytest.approx(right.logprob, abs=1e-4)
 
 
+def test_ranks_go_on_from_tokens_that_only_rank_0_knows(small):
+    """The token that rank 0's device drew reaches the others' without its host, or theirs, knowing it."""
+    folder = small[1]
+    _, theirs = run(runner_for(folder, kernels="torch"), engine_for)
+    runner = runner_for(folder, kernels="triton", tensor_parallel_size=2)
+    try:
+        assert isinstance(runner, DeviceRunner)
+        engine, ours = run(runner, engine_for)
+        assert isinstance(engine, OverlappedEngine)
+    finally:
+        runner.close()
+    for name, outputs in theirs.items():
+        assert [output.token_ids for output in ours[name]] == [output.token_ids for output in outputs]
+
+
+def test_a_rank_that_dies_while_a_step_is_on_its_way_ends_the_engine(small):
+    """What a step gives after its collectives were given up is no token."""
+    runner = runner_for(small[1], kernels="triton", tensor_parallel_size=2, rank_timeout_s=5.0)
+    try:
+        driver = Driver(runner)
+        seq = driver.add(random_tokens(5))
+        seq.block_table = [driver.free.pop() for _ in range(2)]
+        step = runner.submit(Batch((ScheduledSequence(seq, 5),)))
+        noticed = threading.Event()
+        runner.ranks.on_lost(lambda _: noticed.set())
+        os.kill(runner.ranks.pids[0], signal.SIGKILL)
+        assert noticed.wait(20)
+        with pytest.raises(RankLostError, match="rank 1 died"):
+            step.result()
+        engine = OverlappedEngine(
+            EngineConfig(block_size=4),
+            runner,
+            num_blocks=runner.num_blocks,
+            max_model_len=runner.max_model_len,
+            hash_model="m",
+            eos_token_ids=(),
+        )
+        engine.add(requests()[0], now=0.0)
+        with pytest.raises(RankLostError, match="rank 1 died"):
+            engine.step(0.0)
+    finally:
+        runner.close()
+
+
+@pytest.mark.parametrize("lost", [False, True])
+@pytest.mark.parametrize("late", [False, True], ids=["submitted", "collected"])
+def test_a_device_that_is_lost_ends_the_engine_and_a_failed_step_does_not(small, monkeypatch, lost, late):
+    runner = with_graphs(small[1])
+    engine = OverlappedEngine(
+        EngineConfig(block_size=4),
+        runner,
+        num_blocks=runner.num_blocks,
+        max_model_len=runner.max_model_len,
+        hash_model="m",
+        eos_token_ids=(),
+    )
+    engine.add(requests()[0], now=0.0)
+
+    def fault(*_: object, **__: object) -> None:
+        raise RuntimeError("an illegal memory access was encountered")
+
+    def check(_device: torch.device) -> None:
+        if lost:
+            fault()
+
+    monkeypatch.setattr(device_runner, "check_device", check)
+    owner = device_runner.PendingTokens if late else runner.model
+    monkeypatch.setattr(owner, "result" if late else "forward", fault)
+    if lost:
+        with pytest.raises(DeviceLostError, match="cpu is lost: an illegal memory access"):
+            while engine.has_work():
+                engine.step(0.0)
+        return
+    outputs = []
+    while engine.has_work():
+        outputs += engine.step(0.0)
+    assert [output.error for output in outputs] == ["RuntimeError: an illegal memory access was encountered"]
+
+
 class FakeMemory:
     """A device of `size` bytes on which the largest step takes the first of `peaks`, and so on."""
 
@@ -173,7 +256,7 @@ def on_device(folder, memory: FakeMemory, **options) -> ModelRunner:
         model.load()
     config = EngineConfig(block_size=4, max_num_seqs=3, max_num_batched_tokens=8, kernels="triton", **options)
     cache_layout = layout(spec, model="m", dtype="float32", block_size=4)
-    return runner_on_device(model, config, cache_layout, memory=memory, capture=rerun)
+    return runner_over(fit(model, config, cache_layout, memory=memory), capture=rerun)
 
 
 def test_the_cache_takes_what_steps_leave(small):

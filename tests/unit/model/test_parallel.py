@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -11,9 +12,11 @@ import pytest
 import torch
 from model_support import VOCAB, Driver, random_tokens, reference_logits, runner_for
 
+from disagg.config import EngineConfig
 from disagg.errors import ConfigError
 from disagg.model import weights
 from disagg.model.config import read_spec
+from disagg.model.device_loading import Fitted, fit
 from disagg.model.kv_cache import KVCache, layout
 from disagg.model.parallel import RankGroup, join_store, serve_store
 from disagg.model.rank_link import decode_step, encode_step
@@ -239,3 +242,51 @@ def test_steps_travel_unchanged(checkpoint):
             assert one.dtype == other.dtype and np.array_equal(one, other), name
     with pytest.raises(ValueError, match="says that it has"):
         decode_step(encode_step(seen[0])[:-8])
+
+
+class RoomFor:
+    """A device with room for so many blocks beside what steps need."""
+
+    def __init__(self, blocks: int, block_bytes: int) -> None:
+        self._free = blocks * block_bytes + 1
+
+    def free(self) -> int:
+        return self._free
+
+    def peak(self, action: Callable[[], object]) -> int:
+        action()
+        return 0
+
+
+@pytest.mark.parametrize("rooms", [(9, 7), (6, 1), (1, 6)])
+def test_all_ranks_have_as_many_blocks_as_the_one_with_the_least_room(rooms, checkpoint):
+    """A rank that can hold no cache takes the others with it: they don't wait for it."""
+    ranks = Ranks(checkpoint("llama_mha")[1], 2, shared=False)
+    config = EngineConfig(block_size=BLOCK, max_num_batched_tokens=8, max_num_seqs=2, kv_cache_memory=1.0)
+
+    def fitted(rank: int) -> object:
+        # Half of the heads are here.
+        memory = RoomFor(rooms[rank], ranks.layout.block_bytes // 2)
+        try:
+            return fit(ranks.models[rank], config, ranks.layout, memory=memory)
+        except ConfigError as error:
+            return error
+
+    made = list(ranks._threads.map(fitted, range(2)))
+    ranks.close()
+    if min(rooms) < 2:
+        assert all(isinstance(error, ConfigError) and error.param == "kv_cache_memory" for error in made)
+        return
+    for rank, one in enumerate(made):
+        assert isinstance(one, Fitted)
+        assert one.kv_cache.num_blocks == min(rooms)
+        assert one.kv_cache.num_kv_heads == ranks.models[rank].spec.num_kv_heads
+        assert one.max_model_len == (min(rooms) - 1) * BLOCK
+
+
+def test_a_broadcast_brings_everyone_rank_0s(checkpoint):
+    ranks = Ranks(checkpoint("llama_mha")[1], 2, shared=False)
+    values = [torch.tensor([4, 5]), torch.tensor([0, 0])]
+    list(ranks._threads.map(lambda rank: ranks.groups[rank].broadcast(values[rank]), range(2)))
+    assert values[1].tolist() == values[0].tolist() == [4, 5]
+    ranks.close()
