@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 setup: $(VENV)/.installed
 
 # Reinstalled only when the dependencies or compiled sources change; the package itself is linked, not copied.
-$(VENV)/.installed: pyproject.toml setup.py $(wildcard disagg/routing/*.[ch])
+$(VENV)/.installed: pyproject.toml setup.py $(wildcard disagg/routing/*.[ch] disagg/transfer/*.c)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[dev]'
 	$(BIN)/python -m disagg.model.native.library

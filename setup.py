@@ -1,9 +1,9 @@
-"""Builds the router's compiled core; everything else about the package is in pyproject.toml."""
+"""Builds what is in C: the router's core and copies of KV. All else is in pyproject.toml."""
 
 from setuptools import Extension, setup
 
 # Without contraction to fused multiply-add prices have the same bits as in Python. Optional: where there is
-# no C compiler, the router does it all in Python.
+# no C compiler, the router does it all in Python, and numpy copies.
 FLAGS = ["-std=c11", "-O3", "-ffp-contract=off"]
 
 SOURCES = {"_blocks": ["_blocks.c", "_chains.c"], "_prices": ["_prices.c"]}
@@ -19,5 +19,10 @@ setup(
             optional=True,
         )
         for name, sources in SOURCES.items()
+    ]
+    + [
+        Extension(
+            "disagg.transfer._copy", ["disagg/transfer/_copy.c"], extra_compile_args=FLAGS, optional=True
+        )
     ]
 )

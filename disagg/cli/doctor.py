@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from disagg.routing.core import COMPILED
+from disagg.transfer.copying import COMPILED as STREAM_ROWS
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +52,8 @@ def inspect_machine() -> Iterator[Finding]:
         yield _package(package, needed=True)
     for package in ("triton", "nixl"):
         yield _package(package, needed=False)
-    yield _router_core()
+    yield _built("router core", COMPILED is not None, "Python")
+    yield _built("copies of KV", STREAM_ROWS is not None, "numpy")
     yield Finding("memfd", hasattr(os, "memfd_create"), "shared-memory hand-off; without it gRPC is used")
     free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     yield Finding("free memory", free > 2 * 2**30, f"{free / 2**30:.1f} GiB; a local cluster takes about 2")
@@ -67,10 +69,10 @@ def _package(name: str, *, needed: bool) -> Finding:
         return Finding(name, False if needed else None, "not installed" + ("" if needed else " (optional)"))
 
 
-def _router_core() -> Finding:
-    if COMPILED is not None:
-        return Finding("router core", True, "compiled")
-    return Finding("router core", None, "Python; compiled where a C compiler is there at installation")
+def _built(what: str, compiled: bool, otherwise: str) -> Finding:
+    if compiled:
+        return Finding(what, True, "compiled")
+    return Finding(what, None, f"{otherwise}; compiled where a C compiler is there at installation")
 
 
 def _gpus() -> Iterator[Finding]:

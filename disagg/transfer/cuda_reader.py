@@ -14,8 +14,9 @@ from torch import Tensor
 from disagg.errors import KVLostError
 from disagg.transfer.calls import answered
 from disagg.transfer.connections import MAX_PEER_BLOCKS, Reached
+from disagg.transfer.copying import runs
 from disagg.transfer.cuda_memory import Driver, ExportedCache, PeerCache
-from disagg.transfer.readers import Metadata, runs
+from disagg.transfer.readers import Metadata
 from disagg.transfer.segment import Blocks
 from disagg.transfer.threads import to_its_end
 from disagg.transfer.wire import handle_to_proto

@@ -15,8 +15,9 @@ from disagg.errors import KVLostError
 from disagg.transfer.bulk_server import Claim
 from disagg.transfer.calls import answered
 from disagg.transfer.connections import MAX_PEER_BLOCKS, Peer, Reached
+from disagg.transfer.copying import runs
 from disagg.transfer.nixl_agent import NixlAgent, NixlError, Read, Span
-from disagg.transfer.readers import Metadata, runs
+from disagg.transfer.readers import Metadata
 from disagg.transfer.scatter import Scatter
 from disagg.transfer.segment import Blocks
 from disagg.transfer.staging import Staging

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import threading
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Executor
 from typing import Protocol
 
@@ -17,6 +17,7 @@ import numpy as np
 
 from disagg.errors import KVLostError
 from disagg.transfer.calls import DamagedKVError
+from disagg.transfer.copying import copy_rows
 from disagg.transfer.segment import Blocks, PeerSegment
 from disagg.transfer.threads import to_its_end
 from disagg.transfer.wire import handle_to_proto
@@ -24,9 +25,6 @@ from disagg.types import KVHandle
 from disagg.v1 import worker_pb2, worker_pb2_grpc
 
 Metadata = tuple[tuple[str, str], ...]
-
-# Copied without looking up: bounds how long a cancelled pull is waited for to about 10 ms.
-COPY_PIECE_BYTES = 32 * 1024 * 1024
 
 
 class BlockReader(Protocol):
@@ -90,40 +88,6 @@ class SharedMemoryReader:
 
     async def close(self) -> None:
         """Nothing: copies that run end by themselves, and the mapping goes with its last user."""
-
-
-def copy_rows(
-    source: Blocks,
-    source_rows: Sequence[int],
-    target: Blocks,
-    target_rows: Sequence[int],
-    stop: threading.Event,
-) -> None:
-    """Copy rows until told to stop; neighbours that stay neighbours go in one piece, during which numpy lets
-    the GIL go.
-    """
-    longest = max(1, COPY_PIECE_BYTES // source.shape[1])
-    for start, end in runs(source_rows, target_rows, longest):
-        if stop.is_set():
-            return
-        count = end - start
-        first, to = source_rows[start], target_rows[start]
-        target[to : to + count] = source[first : first + count]
-
-
-def runs(source_rows: Sequence[int], target_rows: Sequence[int], longest: int) -> Iterator[tuple[int, int]]:
-    """Yield (start, end) of stretches, `longest` at most, over which both sequences go up by one."""
-    start = 0
-    for index in range(1, len(source_rows) + 1):
-        joined = (
-            index < len(source_rows)
-            and index - start < longest
-            and source_rows[index] == source_rows[index - 1] + 1
-            and target_rows[index] == target_rows[index - 1] + 1
-        )
-        if not joined:
-            yield start, index
-            start = index
 
 
 class StreamReader:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from disagg.transfer.agreement import Device
 from disagg.transfer.checksum import blocks_checksum
-from disagg.transfer.readers import copy_rows
+from disagg.transfer.copying import copy_rows
 from disagg.transfer.segment import Blocks
 
 
@@ -48,7 +48,8 @@ class HostStaging:
         return torch.from_numpy(self._blocks[:num_blocks])
 
     def gather(self, cache: Blocks, rows: Sequence[int]) -> int:
-        copy_rows(cache, rows, self._blocks, range(len(rows)), self._never)
+        # For the checksum, and for who sends it.
+        copy_rows(cache, rows, self._blocks, range(len(rows)), self._never, read_soon=True)
         return blocks_checksum([self._blocks[: len(rows)]])
 
     def scatter(

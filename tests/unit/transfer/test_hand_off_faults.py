@@ -19,7 +19,8 @@ import pytest
 
 from disagg.errors import KVLostError, LayoutMismatchError
 from disagg.rpc import cluster_server
-from disagg.transfer import readers
+from disagg.transfer import copying
+from disagg.transfer.segment import Blocks
 from disagg.transfer.server import KVTransferService
 from disagg.transfer.wire import layout_to_proto
 from disagg.types import KVHandle
@@ -162,27 +163,28 @@ async def test_who_answers_must_be_who_was_meant(directory: Directory, node: Nod
 # -- leases that end under a pull --------------------------------------------------------------------------
 
 
+SCATTERED = [1, 3, 5, 7]
+
+
 class Gate:
-    """Holds the copying thread at its first piece."""
+    """Holds the thread that copies SCATTERED after the first of its pieces, each of which is one block."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.reached = threading.Event()
         self.open = threading.Event()
         self.ended = threading.Event()
-        original = readers.runs
+        self._num_copied = 0
+        monkeypatch.setattr(copying, "COPY_PIECE_BYTES", 1)
+        monkeypatch.setattr(copying, "copy_runs", self._copy)
 
-        def held(*args: Any) -> Any:
-            for index, run in enumerate(original(*args)):
-                if index == 1:
-                    self.reached.set()
-                    assert self.open.wait(30)
-                yield run
+    def _copy(self, source: Blocks, source_rows: list[int], target: Blocks, target_rows: list[int]) -> None:
+        target[target_rows] = source[source_rows]
+        self._num_copied += 1
+        if self._num_copied == 1:
+            self.reached.set()
+            assert self.open.wait(30)
+        if self._num_copied == len(SCATTERED):
             self.ended.set()
-
-        monkeypatch.setattr(readers, "runs", held)
-
-
-SCATTERED = [1, 3, 5, 7]
 
 
 async def test_a_lease_dropped_during_a_shared_copy(
