@@ -22,8 +22,7 @@ from disagg.cluster.cores import CoreClaim
 from disagg.config import ClusterConfig
 from disagg.engine.engine import Engine
 from disagg.engine.overlap import engine_for
-from disagg.errors import ConfigError
-from disagg.model.block_mover import BlockMover, pin
+from disagg.model.block_mover import pin
 from disagg.model.config import read_spec
 from disagg.model.device import describe_device, resolve_device
 from disagg.model.runner import ModelRunner, load_runner, plan_cache
@@ -144,12 +143,6 @@ class WorkerProcess:
         """The cache is on the device; the segment is what its blocks pass through on their way."""
         spec = self._spec
         model = spec.config.model
-        if self._num_ranks > 1:
-            raise ConfigError(
-                f"tensor_parallel_size: {self._num_ranks} ranks on GPUs can't hand KV over yet; "
-                "use 1, or device cpu",
-                param="tensor_parallel_size",
-            )
         with self._cores.pinned():
             runner = load_runner(
                 model.folder,
@@ -158,12 +151,18 @@ class WorkerProcess:
                 num_threads=spec.threads,
                 max_model_len=model.max_model_len,
                 device=device,
+                tensor_parallel_size=self._num_ranks,
+                rank_cores=[self._cores.rank_cores(rank) for rank in range(self._num_ranks)],
             )
         block_bytes = runner.layout.block_bytes
         memory = spec.config.transfer.staging_memory
         rows = staging_blocks(memory, block_bytes, runner.num_blocks)
-        segment = SharedSegment.create(rows, block_bytes)
-        pin(segment.rows, device)
+        segment = SharedSegment.create(rows, block_bytes, seal=False)
+        self._movers = runner.block_movers(segment.file, segment.blocks.shape)
+        segment.seal()
+        if runner.ranks is None:
+            # Ranks pass their parts through pinned memory of their own.
+            pin(segment.rows, device)
         longest = rows // 2 * runner.layout.block_size
         if longest < runner.max_model_len:
             logger.warning(
@@ -246,7 +245,7 @@ class WorkerProcess:
             openers=self._transports.openers,
             on_retry=lambda: worker.note_pulled_again(),
         )
-        publisher, self._puller = self._staged_ends(runner, segment, client)
+        publisher, self._puller = self._staged_ends(segment, client)
         self._membership.on_change(self._puller.retain)
         self._membership.on_change(self._transports.retain)
         worker = Worker(
@@ -265,17 +264,16 @@ class WorkerProcess:
         return worker
 
     def _staged_ends(
-        self, runner: ModelRunner, segment: SharedSegment, client: KVTransferClient
+        self, segment: SharedSegment, client: KVTransferClient
     ) -> tuple[KVTransferService | StagedPublisher, KVTransferClient | StagedPuller]:
         """Return both ends of hand-offs, with copies from and to the device where there is one."""
         if not self._staging:
             return self._publisher, client
         published, pulled = halves(segment.num_blocks)
-        blocks = runner.kv_cache.blocks
-        # A mover each: what comes in must not wait for what goes out.
-        self._staged = StagedPublisher(self._publisher, segment, BlockMover(blocks), published)
+        outgoing, incoming = self._movers
+        self._staged = StagedPublisher(self._publisher, segment, outgoing, published)
         timeout_s = self._spec.config.transfer.pull_timeout_s
-        return self._staged, StagedPuller(client, segment, BlockMover(blocks), pulled, timeout_s)
+        return self._staged, StagedPuller(client, segment, incoming, pulled, timeout_s)
 
     def _on_lease_ended(self, request_id: str) -> None:
         if self._staged is not None:

@@ -15,6 +15,7 @@ import logging
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -22,6 +23,7 @@ import torch
 from torch import Tensor
 
 from disagg.model.host_memory import upload
+from disagg.model.shard import Span
 
 log = logging.getLogger(__name__)
 
@@ -34,10 +36,12 @@ BUFFER_BYTES = 64 * 1024 * 1024
 class BlockMover:
     """Moves blocks of one cache. Calls take turns, on any thread; they return when the copy is done.
 
-    blocks: the cache, [num_blocks, ...], contiguous, in any dtype.
+    blocks: the cache, [num_blocks, ...], contiguous, in any dtype. heads: which heads of whole blocks
+    [num_layers, 2, heads.total, ...] these are, None for all. Rows hold whole blocks; of a part of the heads
+    it is the host that puts its pieces in their places, since a bus wants long runs.
     """
 
-    def __init__(self, blocks: Tensor, buffer_bytes: int = BUFFER_BYTES) -> None:
+    def __init__(self, blocks: Tensor, heads: Span | None = None, buffer_bytes: int = BUFFER_BYTES) -> None:
         # Words of 8 bytes where a block's size allows: bytes are gathered at a fraction of the rate.
         flat = blocks.view(len(blocks), -1).view(torch.uint8)
         self._bytes = flat.shape[1]
@@ -45,6 +49,13 @@ class BlockMover:
         self._cache = flat.view(self._word)
         self._capacity = max(1, buffer_bytes // self._bytes)
         self._buffer = torch.empty((self._capacity, self._bytes), dtype=torch.uint8, device=blocks.device)
+        self._part: _Part | None = None
+        if heads is not None and heads.length != heads.total:
+            pieces = blocks.shape[1] * blocks.shape[2]
+            self._part = _Part(heads.times(self._bytes // pieces // heads.length), pieces)
+            self._pieces = torch.empty(
+                self._buffer.shape, dtype=torch.uint8, pin_memory=blocks.device.type == "cuda"
+            )
         self._lock = threading.Lock()
         self._stream: torch.cuda.Stream | None = None
         if blocks.is_cuda:
@@ -59,8 +70,7 @@ class BlockMover:
                 part = slice(start, start + self._capacity)
                 ids = self._index(block_ids[part])
                 torch.index_select(self._cache, 0, ids, out=self._words(len(ids)))
-                for first, count, host in _runs(target, rows[part]):
-                    host.copy_(self._buffer[first : first + count], non_blocking=True)
+                self._to_rows(target, rows[part])
 
     def to_device(self, source: Rows, rows: Sequence[int], block_ids: Sequence[int]) -> None:
         """Copy row rows[i] of `source`, uint8 [n, block_bytes], to block block_ids[i]; distinct blocks."""
@@ -68,9 +78,31 @@ class BlockMover:
             for start in range(0, len(block_ids), self._capacity):
                 part = slice(start, start + self._capacity)
                 ids = self._index(block_ids[part])
-                for first, count, host in _runs(source, rows[part]):
-                    self._buffer[first : first + count].copy_(host, non_blocking=True)
+                self._from_rows(source, rows[part])
                 self._cache.index_copy_(0, ids, self._words(len(ids)))
+
+    def _to_rows(self, target: Rows, rows: Sequence[int]) -> None:
+        if self._part is None:
+            for first, count, host in _runs(target, rows):
+                host.copy_(self._buffer[first : first + count], non_blocking=True)
+            return
+        self._pieces[: len(rows)].copy_(self._buffer[: len(rows)], non_blocking=True)
+        self._wait()
+        for first, count, host in _runs(target, rows):
+            own = self._part.of(host)
+            own.copy_(self._pieces[first : first + count].view(own.shape))
+
+    def _from_rows(self, source: Rows, rows: Sequence[int]) -> None:
+        if self._part is None:
+            for first, count, host in _runs(source, rows):
+                self._buffer[first : first + count].copy_(host, non_blocking=True)
+            return
+        # What was launched for the rows before still reads the pieces.
+        self._wait()
+        for first, count, host in _runs(source, rows):
+            own = self._part.of(host)
+            self._pieces[first : first + count].view(own.shape).copy_(own)
+        self._buffer[: len(rows)].copy_(self._pieces[: len(rows)], non_blocking=True)
 
     def _words(self, count: int) -> Tensor:
         return self._buffer[:count].view(self._word)
@@ -88,11 +120,27 @@ class BlockMover:
                 try:
                     yield
                 finally:
-                    # Also after an error: what was launched still uses the caller's rows. Blocking: the
-                    # thread sleeps meanwhile.
-                    done = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
-                    done.record(self._stream)
-                    done.synchronize()
+                    # Also after an error: what was launched still uses the caller's rows.
+                    self._wait()
+
+    def _wait(self) -> None:
+        """Wait for what was launched. Blocking: the thread sleeps meanwhile."""
+        if self._stream is not None:
+            done = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
+            done.record(self._stream)
+            done.synchronize()
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """Some heads' bytes in each layer's keys and values. pieces: of a block, two a layer."""
+
+    span: Span
+    pieces: int
+
+    def of(self, rows: Tensor) -> Tensor:
+        """Return the view [n, pieces, span.length] of whole blocks [n, block_bytes]."""
+        return rows.view(len(rows), self.pieces, self.span.total)[:, :, self.span.start : self.span.end]
 
 
 def _runs(memory: Rows, rows: Sequence[int]) -> Iterator[tuple[int, int, Tensor]]:

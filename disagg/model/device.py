@@ -36,6 +36,23 @@ def resolve_device(
     return _gpu(int(index) if index else None)
 
 
+def rank_device(first: torch.device, rank: int) -> torch.device:
+    """Return the device of a tensor-parallel rank where rank 0's is `first`: GPUs that follow each other."""
+    return first if first.type == "cpu" else torch.device(first.type, (first.index or 0) + rank)
+
+
+def check_rank_devices(first: torch.device, size: int) -> None:
+    """Raise ConfigError naming tensor_parallel_size where this process has not a GPU for each rank."""
+    if first.type != "cuda":
+        return
+    last, count = rank_device(first, size - 1), torch.cuda.device_count()
+    if last.index >= count:
+        raise ConfigError(
+            f"tensor_parallel_size: {size} ranks from {first} on need a GPU each; {count} are visible here",
+            param="tensor_parallel_size",
+        )
+
+
 def _gpu(index: int | None) -> torch.device:
     return torch.device("cuda", torch.cuda.current_device() if index is None else index)
 

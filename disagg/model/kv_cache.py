@@ -117,6 +117,7 @@ class KVCache:
         self.num_blocks = num_blocks
         self.dtype: torch.dtype = getattr(torch, layout.dtype)
         heads = Span.whole(layout.num_kv_heads) if heads is None else heads
+        self.heads = heads
         self.num_kv_heads = heads.length
         stored, first = (heads.length, 0) if buffer is None else (heads.total, heads.start)
         shape = (num_blocks, layout.num_layers, 2, stored, layout.block_size, layout.head_dim)

@@ -1,6 +1,8 @@
 """The process of a rank other than 0: loads its shard and computes the steps that rank 0 sends.
 
-    python -P -m disagg.model.rank_process FD      FD: its end of the link, see rank_link.py
+    python -P -m disagg.model.rank_process FD OUT IN
+
+FD: its end of the link, see rank_link.py. OUT, IN: of those on which blocks move, see rank_moves.py.
 
 It ends with the link, so nothing that happens to rank 0 leaves it behind.
 """
@@ -13,6 +15,8 @@ import os
 import signal
 import socket
 import sys
+import threading
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -33,6 +37,7 @@ from disagg.model.rank_link import (
     decode_step,
     encode_report,
 )
+from disagg.model.rank_moves import serve_moves
 from disagg.model.shard import Shard
 
 logger = logging.getLogger(__name__)
@@ -41,11 +46,13 @@ logger = logging.getLogger(__name__)
 SETUP_TIMEOUT_S = 10.0
 
 
-def follow(link: Link) -> None:
+def follow(link: Link, moves: Sequence[Link]) -> None:
     """Serve one worker as the rank that its setup says, until rank 0 ends the link. Raises nothing."""
     try:
         setup = decode_setup(link.receive(SETUP_TIMEOUT_S))
         decoder, cache, _ = _load(setup, link)
+        for each in moves:
+            threading.Thread(target=serve_moves, args=(each, cache), name="kv-moves", daemon=True).start()
         link.send(encode_report(RankReport("ready")))
         with torch.inference_mode():
             while True:
@@ -118,7 +125,8 @@ def main() -> None:
     # Ctrl-C goes to all of a terminal's processes; when to end is rank 0's to say.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
-    follow(Link(socket.socket(fileno=int(sys.argv[1])), timeout_s=SETUP_TIMEOUT_S))
+    link, *moves = (Link(socket.socket(fileno=int(fd)), timeout_s=SETUP_TIMEOUT_S) for fd in sys.argv[1:])
+    follow(link, moves)
 
 
 if __name__ == "__main__":

@@ -21,14 +21,17 @@ import time
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from disagg.errors import ConfigError, DisaggError, RankLostError
+from disagg.model.block_mover import BlockMover
 from disagg.model.decode_graphs import Capture
 from disagg.model.decoders import BackgroundDecoder, Decoder
+from disagg.model.device import rank_device
 from disagg.model.kv_cache import KVCache
 from disagg.model.parallel import RankGroup, serve_store
 from disagg.model.rank_link import (
@@ -40,6 +43,7 @@ from disagg.model.rank_link import (
     encode_setup,
     encode_step,
 )
+from disagg.model.rank_moves import RankMover
 from disagg.model.shard import Shard
 from disagg.model.step import StepInput
 
@@ -68,6 +72,9 @@ class RankProcesses:
         self._timeout_s = setup.timeout_s
         self._store = serve_store(setup.size, timeout_s=START_TIMEOUT_S)
         self._links: list[Link] = []
+        # Of each rank two more, for blocks that leave and that arrive: neither waits for the other, nor for
+        # steps.
+        self._moves: list[tuple[Link, Link]] = []
         self._processes: list[subprocess.Popen[bytes]] = []
         self._on_lost: Callable[[RankLostError], None] | None = None
         self._lost: RankLostError | None = None
@@ -75,10 +82,10 @@ class RankProcesses:
         self._noticed = threading.Event()
         self._closing = threading.Event()
         self._lock = threading.Lock()
-        self._finalizer = weakref.finalize(self, _end, self._links, self._processes, 0.0)
+        self._finalizer = weakref.finalize(self, _end, self._links, self._moves, self._processes, 0.0)
         try:
             for rank in range(1, setup.size):
-                device = _device_of(rank, setup.device)
+                device = str(rank_device(torch.device(setup.device), rank))
                 cores = rank_cores[rank] if rank_cores else ()
                 self._start(replace(setup, rank=rank, port=self._store.port, device=device, cores=cores))
         except BaseException:
@@ -90,12 +97,16 @@ class RankProcesses:
         return [process.pid for process in self._processes]
 
     def _start(self, setup: RankSetup) -> None:
-        ours, theirs = socket.socketpair()
-        link = Link(ours, timeout_s=self._timeout_s)
+        pairs = [socket.socketpair() for _ in range(3)]
+        link, outgoing, incoming = (Link(ours, timeout_s=self._timeout_s) for ours, _ in pairs)
         self._links.append(link)
-        with theirs:
+        self._moves.append((outgoing, incoming))
+        try:
             link.send(encode_setup(setup))
-            self._processes.append(_spawn(theirs.fileno(), setup))
+            self._processes.append(_spawn([theirs.fileno() for _, theirs in pairs], setup))
+        finally:
+            for _, theirs in pairs:
+                theirs.close()
 
     # -- starting ------------------------------------------------------------------------------------
 
@@ -186,13 +197,29 @@ class RankProcesses:
         """
         self._noticed.wait(BLAME_TIMEOUT_S)
         error = self._note(RankLostError(problem))
-        _end(self._links, self._processes, 0.0)
+        _end(self._links, self._moves, self._processes, 0.0)
         return RankLostError(error.message)
+
+    def movers(
+        self, cache: KVCache, file: tuple[int, int], shape: tuple[int, int]
+    ) -> tuple[RankMover, RankMover]:
+        """Return what copies blocks to and from host memory, for blocks that leave and that arrive.
+
+        cache: rank 0's. file: descriptor and offset of the memory, which ranks map writable meanwhile. shape:
+        its rows and bytes of a row, those of a whole block. Call it once. Raises RankLostError.
+        """
+        outgoing, incoming = (
+            RankMover(BlockMover(cache.blocks, cache.heads), links, file, shape, self.lost)
+            for links in zip(*self._moves, strict=True)
+        )
+        return outgoing, incoming
 
     def close(self) -> None:
         """End every rank's process. When this returns none is left."""
         self._closing.set()
-        _end(self._links, self._processes, STOP_TIMEOUT_S)
+        _end(self._links, self._moves, self._processes, STOP_TIMEOUT_S)
+        if self._group is not None:
+            self._group.close()
 
 
 def _watch(ranks: weakref.ref[RankProcesses], links: Sequence[Link]) -> None:
@@ -206,27 +233,32 @@ def _watch(ranks: weakref.ref[RankProcesses], links: Sequence[Link]) -> None:
         living.note_end(rank_of[fd])
 
 
-def _spawn(fd: int, setup: RankSetup) -> subprocess.Popen[bytes]:
+def _spawn(fds: list[int], setup: RankSetup) -> subprocess.Popen[bytes]:
     paths = [str(_PACKAGE_ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = {
         **os.environ,
         "PYTHONPATH": os.pathsep.join(paths),
         "OMP_NUM_THREADS": str(setup.num_threads),
     }
-    fds = [fd] if setup.buffer_fd is None else [fd, setup.buffer_fd]
+    passed = fds if setup.buffer_fd is None else [*fds, setup.buffer_fd]
     return subprocess.Popen(
-        [sys.executable, "-P", "-m", "disagg.model.rank_process", str(fd)],
+        [sys.executable, "-P", "-m", "disagg.model.rank_process", *map(str, fds)],
         env=environment,
         stdin=subprocess.DEVNULL,
         # What libraries print is for the log, not for a command's output.
         stdout=2,
-        pass_fds=fds,
+        pass_fds=passed,
     )
 
 
-def _end(links: Sequence[Link], processes: Sequence[subprocess.Popen[bytes]], grace_s: float) -> None:
+def _end(
+    links: Sequence[Link],
+    moves: Sequence[tuple[Link, Link]],
+    processes: Sequence[subprocess.Popen[bytes]],
+    grace_s: float,
+) -> None:
     """End the ranks: each goes when its link ends, and is killed where that takes longer than grace_s."""
-    for link in links:
+    for link in (*links, *chain.from_iterable(moves)):
         # Shut down first: that wakes whoever waits for the descriptor, which closing it would not.
         with contextlib.suppress(OSError):
             link.socket.shutdown(socket.SHUT_RDWR)
@@ -244,12 +276,6 @@ def _failure(rank: int, report: RankReport) -> DisaggError:
     if report.param is not None:
         return ConfigError(report.error, param=report.param)
     return RankLostError(f"tensor-parallel rank {rank} failed: {report.error or report.state}")
-
-
-def _device_of(rank: int, first: str) -> str:
-    """Return the device of a rank where rank 0's is `first`: the neighbours that follow it."""
-    device = torch.device(first)
-    return first if device.type == "cpu" else f"{device.type}:{(device.index or 0) + rank}"
 
 
 def lead(decoder: Decoder, ranks: RankProcesses) -> ParallelDecoder:

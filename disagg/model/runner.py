@@ -11,20 +11,25 @@ import torch
 from disagg.config import EngineConfig, Quantization
 from disagg.engine.runner import Batch
 from disagg.errors import ConfigError, InvalidRequestError
+from disagg.model.block_mover import BlockMover
 from disagg.model.config import DTYPES, ModelSpec, read_spec
 from disagg.model.decode_graphs import Capture
 from disagg.model.decoders import BackgroundDecoder, Decoder
+from disagg.model.device import check_rank_devices
 from disagg.model.device_loading import Fitted
 from disagg.model.kv_cache import Buffer, KVCache, layout, model_len, num_blocks_for
 from disagg.model.loading import load
 from disagg.model.parallel import RankGroup
 from disagg.model.rank_link import RankSetup
+from disagg.model.rank_moves import RankMover
 from disagg.model.ranks import STEP_TIMEOUT_S, RankProcesses, lead
 from disagg.model.sampler import Sampler
 from disagg.model.shard import Shard, check_size
 from disagg.model.step import step_input
 from disagg.model.weights import fingerprint
 from disagg.types import KVLayout, Request, SampledToken
+
+Mover = BlockMover | RankMover
 
 
 class ModelRunner:
@@ -78,6 +83,17 @@ class ModelRunner:
             sampling = [item.seq for item in batch.items if item.samples]
             drawn = iter(self._sampler.sample(logits, sampling) if sampling else ())
         return [next(drawn) if item.samples else None for item in batch.items]
+
+    def block_movers(self, file: tuple[int, int], shape: tuple[int, int]) -> tuple[Mover, Mover]:
+        """Return what copies blocks between the device and host memory: one for blocks that leave, one for
+        those that arrive, since neither may wait for the other.
+
+        file: descriptor and offset of the memory, for other ranks to map writable meanwhile. shape: its rows
+        and bytes of a row. Call it once. Raises RankLostError.
+        """
+        if self.ranks is not None:
+            return self.ranks.movers(self.kv_cache, file, shape)
+        return BlockMover(self.kv_cache.blocks), BlockMover(self.kv_cache.blocks)
 
     def close(self) -> None:
         """End the processes of other ranks; when this returns there are none."""
@@ -195,6 +211,7 @@ def load_runner(
     spec = read_spec(folder)
     if tensor_parallel_size != 1:
         check_size(spec, tensor_parallel_size)
+        check_rank_devices(torch.device(device), tensor_parallel_size)
         _check_whole_kernels(engine_config, quantization)
     place = torch.device(device)
     cache_layout = _cache_layout(spec, engine_config, fingerprint(folder), dtype, quantization, place)

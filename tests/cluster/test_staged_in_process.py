@@ -63,6 +63,30 @@ async def test_tokens_are_those_of_an_undisturbed_request(staging, prompt, trans
     assert answers == expected and again == expected[3]
 
 
+@pytest.mark.parametrize(
+    ("prefill", "decode"),
+    [
+        (2, 1),
+        pytest.param(1, 2, marks=pytest.mark.slow),
+        # More ranks than the model has key heads: two hold each.
+        pytest.param(2, 4, marks=pytest.mark.slow),
+        pytest.param(4, 2, marks=pytest.mark.slow),
+    ],
+)
+async def test_ranks_with_memory_of_their_own_hand_over_too(staging, prompt, prefill, decode):
+    prompts = [prompt[:count] for count in (1, 17, 64, len(prompt))]
+    settings = {
+        "prefill": {"tensor_parallel_size": prefill},
+        "decode": {"tensor_parallel_size": decode},
+    }
+    async with running_cluster(settings) as cluster:
+        answers = [(await ask(cluster, text)).token_ids for text in prompts]
+        assert pulled(cluster, "shm") > 0
+        await cluster.wait_idle()
+        assert all_rows_are_back(cluster)
+    assert answers == await undisturbed(prompts)
+
+
 async def test_what_does_not_fit_into_staging_memory_is_computed_again(staging, prompt):
     """Room for two blocks on each side: a short prompt passes, a long one does not."""
     block_bytes = 0

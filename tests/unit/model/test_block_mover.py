@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from disagg.model.block_mover import BlockMover, pin
+from disagg.model.shard import Span
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -45,6 +46,27 @@ def test_blocks_travel_through_any_rows_in_any_pieces(shape, dtype, pieces):
     after = as_rows(other)
     np.testing.assert_array_equal(after[[5, 0, 6]], before[[1, 7, 2]])
     assert not after[[1, 2, 3, 4, 7, 8]].any()
+
+
+@pytest.mark.parametrize("pieces", [1, 2, 100])
+@pytest.mark.parametrize("spans", [[(0, 1), (1, 1), (2, 1)], [(0, 2), (2, 1)], [(0, 3)]])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.uint8])
+def test_ranks_put_their_heads_side_by_side(spans, dtype, pieces):
+    """Blocks [layers, 2, heads, tokens, dim] cut by heads fill rows as a whole cache's would, and back."""
+    whole = cache(9, 2, 2, 3, 5, 3, dtype=dtype)
+    block_bytes = as_rows(whole).shape[1]
+    expected, host = (np.zeros((8, block_bytes), np.uint8) for _ in range(2))
+    ids, rows = [7, 1, 2, 8, 0], [3, 4, 0, 6, 7]
+    BlockMover(whole).to_host(ids, expected, rows)
+    for start, length in spans:
+        own = whole[:, :, :, start : start + length].contiguous()
+        heads = Span(start, length, 3)
+        BlockMover(own, heads, buffer_bytes=pieces * block_bytes).to_host(ids, host, rows)
+        other = torch.zeros_like(own)
+        BlockMover(other, heads, buffer_bytes=pieces * block_bytes).to_device(expected, rows, ids)
+        assert torch.equal(other[ids], own[ids])
+        assert not other[[3, 4, 5, 6]].any()
+    np.testing.assert_array_equal(host, expected)
 
 
 def test_nothing_moves_for_no_blocks():

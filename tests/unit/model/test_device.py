@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from disagg.errors import ConfigError
-from disagg.model.device import describe_device, resolve_device
+from disagg.model.device import check_rank_devices, describe_device, rank_device, resolve_device
 
 
 @pytest.fixture
@@ -46,3 +46,14 @@ def test_without_a_gpu(no_gpu):
     with pytest.raises(ConfigError, match="cuda can't be used"):
         resolve_device("cuda")
     assert describe_device(torch.device("cpu")) == "cpu"
+
+
+def test_ranks_need_a_gpu_each(two_gpus):
+    check_rank_devices(torch.device("cpu"), 8)
+    check_rank_devices(torch.device("cuda", 0), 2)
+    assert rank_device(torch.device("cuda", 0), 1) == torch.device("cuda", 1)
+    assert rank_device(torch.device("cpu"), 1) == torch.device("cpu")
+    for first, size in ((0, 3), (1, 2)):
+        with pytest.raises(ConfigError, match="need a GPU each; 2 are visible") as caught:
+            check_rank_devices(torch.device("cuda", first), size)
+        assert caught.value.param == "tensor_parallel_size"

@@ -129,6 +129,67 @@ def test_ranks_share_a_mapped_cache(checkpoint):
     torch.testing.assert_close(there, alone.kv_cache.blocks, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize(
+    ("name", "source_size", "target_size"),
+    [
+        ("llama_mha", 2, 1),
+        pytest.param("llama_mha", 1, 2, marks=pytest.mark.slow),
+        # More ranks than key heads.
+        pytest.param("llama_gqa_tied", 4, 2, marks=pytest.mark.slow),
+        pytest.param("llama_gqa_tied", 2, 4, marks=pytest.mark.slow),
+    ],
+)
+def test_blocks_of_all_ranks_pass_through_rows_of_whole_blocks(name, source_size, target_size, checkpoint):
+    """What one degree of parallelism copied out another copies in, and has the same logits from there."""
+    folder = checkpoint(name)[1]
+    runners = [
+        runner_for(folder, kernels="torch", tensor_parallel_size=size) for size in (source_size, target_size)
+    ]
+    block_bytes = runners[0].layout.block_bytes
+    fd = os.memfd_create("rows", os.MFD_CLOEXEC)
+    os.ftruncate(fd, mmap.PAGESIZE + 8 * block_bytes)
+    memory = np.frombuffer(mmap.mmap(fd, 0), np.uint8, offset=mmap.PAGESIZE).reshape(8, block_bytes)
+    try:
+        outgoing, _ = runners[0].block_movers((fd, mmap.PAGESIZE), memory.shape)
+        _, incoming = runners[1].block_movers((fd, mmap.PAGESIZE), memory.shape)
+        source, target = (Driver(runner, seed) for seed, runner in enumerate(runners))
+        first = source.add(random_tokens(21))
+        source.prefill(first)
+        rows = [5, 1, 2, 7, 0, 6]
+        outgoing.to_host(first.block_table, memory, rows)
+        second = target.add(first.token_ids)
+        second.block_table = [target.free.pop() for _ in rows]
+        incoming.to_device(memory, rows, second.block_table)
+        second.num_computed_tokens = 21
+        source.step((first, 1))
+        target.step((second, 1))
+        torch.testing.assert_close(target.logits, source.logits, atol=1e-4, rtol=1e-4)
+        assert not memory[[3, 4]].any()
+        # A copy that fails is told of, and the next one works.
+        mover = outgoing if source_size > 1 else incoming
+        with pytest.raises((RuntimeError, IndexError)):
+            mover.to_host([10**6], memory, [0])
+        mover.to_host([1], memory, [3])
+    finally:
+        os.close(fd)
+        for runner in runners:
+            runner.close()
+
+
+def test_a_rank_that_dies_while_blocks_move_is_told_of(checkpoint):
+    runner = runner_for(checkpoint("llama_mha")[1], tensor_parallel_size=2)
+    block_bytes = runner.layout.block_bytes
+    fd = os.memfd_create("rows", os.MFD_CLOEXEC)
+    os.ftruncate(fd, 8 * block_bytes)
+    memory = np.frombuffer(mmap.mmap(fd, 0), np.uint8).reshape(8, block_bytes)
+    mover, _ = runner.block_movers((fd, 0), memory.shape)
+    os.close(fd)
+    os.kill(runner.ranks.pids[0], signal.SIGKILL)
+    with pytest.raises(RankLostError, match=r"rank 1 died|copies no blocks"):
+        mover.to_host([1], memory, [3])
+    runner.close()
+
+
 @pytest.fixture
 def pair(checkpoint):
     runner = runner_for(checkpoint("llama_mha")[1], tensor_parallel_size=2, rank_timeout_s=1.0)
