@@ -101,6 +101,17 @@ def cluster_channel(address: str, tls: ClusterTLS | None = None) -> grpc.aio.Cha
     return grpc.aio.secure_channel(address, tls.channel_credentials, options=options)
 
 
+def reason_of(error: grpc.aio.AioRpcError) -> str:
+    """Return what a call failed with, for logs; where it looks like TLS settings that differ, it says so."""
+    details = error.details() or ""
+    reason = f"{error.code().name}: {details}"
+    # Who shows no certificate learns so only after the handshake, which TLS 1.3 has finished by then.
+    differ = "failed to connect" in details and any(
+        sign in details for sign in ("Socket closed", "handshake", "erification")
+    )
+    return f"{reason} (is `tls` the same on both sides, the certificate of its `ca`?)" if differ else reason
+
+
 def secret_metadata(secret: str) -> tuple[tuple[str, str], ...]:
     """Return the metadata with which a call proves that it comes from this cluster."""
     return ((SECRET_HEADER, secret),)

@@ -8,7 +8,7 @@ from collections.abc import Awaitable, Callable
 
 import grpc.aio
 
-from disagg.rpc import cluster_channel
+from disagg.rpc import cluster_channel, reason_of
 from disagg.tls import ClusterTLS
 from disagg.v1 import router_pb2_grpc
 
@@ -70,7 +70,7 @@ class RouterLink:
                 raise
             return "the stream was cancelled"
         except grpc.aio.AioRpcError as error:
-            return f"{error.code().name}: {error.details()}"
+            return reason_of(error)
         except Exception as error:
             return f"{type(error).__name__}: {error}"
         return "the router closed it"

@@ -12,7 +12,7 @@ import grpc
 import grpc.aio
 
 from disagg.errors import WorkerLostError
-from disagg.rpc import cluster_channel, secret_metadata
+from disagg.rpc import cluster_channel, reason_of, secret_metadata
 from disagg.tls import ClusterTLS
 from disagg.types import WorkerInfo
 from disagg.v1 import worker_pb2, worker_pb2_grpc
@@ -121,7 +121,7 @@ class WorkerConnection:
         except TimeoutError:
             reason = f"no connection within {CONNECT_TIMEOUT_S:g} s"
         except grpc.aio.AioRpcError as error:
-            reason = f"{error.code().name}: {error.details()}"
+            reason = reason_of(error)
         finally:
             self._break(reason)
 

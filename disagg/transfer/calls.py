@@ -11,6 +11,7 @@ import grpc
 import grpc.aio
 
 from disagg.errors import KVLostError, LayoutMismatchError
+from disagg.rpc import reason_of
 
 Response = TypeVar("Response")
 
@@ -56,7 +57,7 @@ def peer_errors(worker_id: str) -> Iterator[None]:
 
 
 def _lost(worker_id: str, error: grpc.aio.AioRpcError) -> KVLostError | LayoutMismatchError:
-    message = f"{worker_id}: {error.code().name}: {error.details()}"
+    message = f"{worker_id}: {reason_of(error)}"
     if error.code() is grpc.StatusCode.FAILED_PRECONDITION:
         return LayoutMismatchError(message)
     if error.code() is grpc.StatusCode.UNAVAILABLE:

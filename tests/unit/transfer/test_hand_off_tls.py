@@ -9,11 +9,14 @@ import ssl
 from pathlib import Path
 from typing import Any
 
+import grpc
+import grpc.aio
 import numpy as np
 import pytest
 
 from disagg.config import TLSConfig, parse_config
 from disagg.errors import ConfigError, KVLostError
+from disagg.rpc import reason_of
 from disagg.tls import ClusterTLS, load_tls
 from disagg.transfer import bulk_server
 from disagg.transfer.bulk_reader import BulkReader
@@ -136,7 +139,7 @@ async def test_wrong_certificates_get_nothing(
         handle = node.publish("r", [1, 2])
         tls = strangers(authority, tmp_path)[who]
         async with running_client(directory, transport="grpc", tls=tls, pull_timeout_s=2.0) as (client, mine):
-            with pytest.raises(KVLostError):
+            with pytest.raises(KVLostError, match="is `tls` the same on both sides"):
                 await client.pull(handle, 0, [1, 2])
             assert (mine.blocks == 0xEE).all()
             # Nor on the bulk port, for who does not ask on the gRPC one first.
@@ -219,6 +222,15 @@ def test_a_key_of_another_certificate_is_refused(authority: Authority) -> None:
     _, other = authority.issue("other")
     with pytest.raises(ConfigError, match="key"):
         load_tls(settings(authority).model_copy(update={"key": other}))
+
+
+def test_other_failures_are_not_taken_for_tls() -> None:
+    def failed(details: str) -> str:
+        nothing = grpc.aio.Metadata()
+        return reason_of(grpc.aio.AioRpcError(grpc.StatusCode.UNAVAILABLE, nothing, nothing, details))
+
+    for details in ("Socket closed", "failed to connect to all addresses; last error: Connection refused"):
+        assert failed(details) == f"UNAVAILABLE: {details}"
 
 
 def test_off_by_default_and_incomplete_settings_are_refused() -> None:
