@@ -265,7 +265,8 @@ class KVTransferClient:
 
     async def _locate_now(self, connection: Connection, handle: KVHandle) -> worker_pb2.LocateResponse:
         request = worker_pb2.LocateRequest(handle=handle_to_proto(handle))
-        return await answered(connection.stub.Locate(request, metadata=self._connections.metadata))
+        async with asyncio.timeout(self._timeout_s):
+            return await answered(connection.stub.Locate(request, metadata=self._connections.metadata))
 
     # -- peers ---------------------------------------------------------------------------------------
 

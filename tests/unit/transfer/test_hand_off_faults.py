@@ -492,6 +492,27 @@ async def test_a_peer_that_stalls_costs_the_time_limit_and_no_more(directory: Di
             await client.pull(HANDLE, 0, [1, 2, 3, 4])
 
 
+async def test_a_peer_that_stops_answering_after_it_stalled(directory: Directory) -> None:
+    """After a failed copy the peer is asked whether its blocks are still the request's; it may not say."""
+    peer = Scripted(good)
+    answer = peer.Locate
+
+    async def once(request: Any, context: Any) -> worker_pb2.LocateResponse:
+        if peer.pulls:
+            await asyncio.Event().wait()
+        return await answer(request, context)
+
+    peer.Locate = once  # type: ignore[method-assign]
+    async with (
+        serving(peer) as (_, address),
+        running_client(directory, transport="grpc", pull_timeout_s=0.3) as (client, _),
+    ):
+        await stalled(directory, address, peer)
+        async with asyncio.timeout(10):
+            with pytest.raises(KVLostError, match="in time"):
+                await client.pull(HANDLE, 0, [1, 2, 3, 4])
+
+
 async def test_a_peer_that_stops_under_a_pull(directory: Directory) -> None:
     peer = Scripted(good)
     async with (
