@@ -23,6 +23,7 @@ from disagg.transfer.bulk_reader import BulkReader
 from disagg.transfer.calls import answered, peer_errors
 from disagg.transfer.readers import BlockReader, SharedMemoryReader, StreamReader
 from disagg.transfer.segment import host_id, map_peer
+from disagg.transfer.threads import failed, looked_at
 from disagg.transfer.wire import check_layout, layout_to_proto
 from disagg.types import KVLayout
 from disagg.v1 import worker_pb2, worker_pb2_grpc
@@ -135,8 +136,9 @@ class Connections:
         if known is None or known[1] != peer[1]:
             raise KVLostError(f"worker {peer[0]} has left or was restarted")
         task = self._agreed.get(peer)
-        if task is None or _failed(task):
+        if task is None or failed(task):
             task = self._agreed[peer] = asyncio.create_task(self._agree(peer, known[0]))
+            task.add_done_callback(looked_at)
         # Others may wait for the same connection: one of them giving up must not end it.
         return await asyncio.shield(task)
 
@@ -232,10 +234,6 @@ class Connections:
         await asyncio.gather(*self._closing, return_exceptions=True)
         self._executor.shutdown(wait=False, cancel_futures=True)
         self._receivers.shutdown(wait=False, cancel_futures=True)
-
-
-def _failed(task: asyncio.Task[Connection]) -> bool:
-    return task.done() and (task.cancelled() or task.exception() is not None)
 
 
 async def _close(task: asyncio.Task[Connection]) -> None:

@@ -27,6 +27,7 @@ from disagg.transfer.process_group import (
 from disagg.transfer.readers import Metadata
 from disagg.transfer.scatter import Scatter
 from disagg.transfer.segment import Blocks
+from disagg.transfer.threads import failed, looked_at
 from disagg.transfer.wire import handle_to_proto
 from disagg.types import KVHandle
 from disagg.v1 import reads_pb2, reads_pb2_grpc, worker_pb2
@@ -111,8 +112,9 @@ class GroupReader:
         """Return the group, a new one after a failure. Raises KVLostError."""
         if self._closed:
             raise KVLostError("the peer left while its KV was wanted")
-        if self._joining is None or _failed(self._joining):
+        if self._joining is None or failed(self._joining):
             self._joining = asyncio.create_task(self._join())
+            self._joining.add_done_callback(looked_at)
         # A pull that is cancelled meanwhile leaves the next one a group.
         return await asyncio.shield(self._joining)
 
@@ -181,10 +183,6 @@ async def _while_alive(receiving: asyncio.Future[None], coming: asyncio.Future[A
         receiving.cancel()
         with contextlib.suppress(BaseException):
             receiving.result()
-
-
-def _failed(task: asyncio.Task[PairGroup]) -> bool:
-    return task.done() and (task.cancelled() or task.exception() is not None)
 
 
 def _refused(error: BaseException) -> bool:

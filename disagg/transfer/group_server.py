@@ -25,6 +25,7 @@ from disagg.transfer.process_group import (
     reach_store,
     serve_store,
 )
+from disagg.transfer.threads import failed
 from disagg.transfer.wire import MAX_ID_CHARS
 from disagg.v1 import reads_pb2, reads_pb2_grpc, worker_pb2
 
@@ -77,11 +78,15 @@ class GroupServer(reads_pb2_grpc.KVGroupsServicer):
         ids = (request.worker_id, request.incarnation)
         if len(request.group_id) != GROUP_ID_BYTES or not all(0 < len(item) <= MAX_ID_CHARS for item in ids):
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "malformed group")
+        try:
+            store = await self._serve_store()
+        except (RuntimeError, OSError) as error:
+            await context.abort(grpc.StatusCode.UNAVAILABLE, f"no store for process groups: {error}")
+        # Not before: another of the same peer may have come meanwhile.
         if ids in self._groups:
             self._drop(self._groups[ids])
         if len(self._groups) >= MAX_GROUPS:
             await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, f"{MAX_GROUPS} groups exist")
-        store = await self._serve_store()
         group = PairGroup(
             lambda: reach_store(self._host, store.port, self._timeout_s),
             request.group_id,
@@ -95,7 +100,7 @@ class GroupServer(reads_pb2_grpc.KVGroupsServicer):
         return reads_pb2.JoinGroupResponse(store_port=store.port)
 
     async def _serve_store(self) -> Store:
-        if self._store is None:
+        if self._store is None or failed(self._store):
             self._store = asyncio.create_task(asyncio.to_thread(serve_store, self._host, self._timeout_s))
         return await asyncio.shield(self._store)
 

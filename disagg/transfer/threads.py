@@ -1,10 +1,11 @@
-"""Copying threads and the coroutines that wait for them."""
+"""Copying threads and the coroutines that wait for them; tasks for which several wait."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 from collections.abc import Callable
+from typing import Any
 
 
 async def to_its_end(copying: asyncio.Future[None], stop: Callable[[], object]) -> None:
@@ -26,3 +27,14 @@ async def to_its_end(copying: asyncio.Future[None], stop: Callable[[], object]) 
             # Looked at, so that nobody logs it as forgotten: it failed because it was stopped.
             copying.exception()
         raise
+
+
+def failed(task: asyncio.Task[Any]) -> bool:
+    """Whether a task that several wait for has ended without a result, so that another has to be begun."""
+    return task.done() and (task.cancelled() or task.exception() is not None)
+
+
+def looked_at(task: asyncio.Task[Any]) -> None:
+    """A done callback for tasks whose waiters may all have given up: their failure is not logged as forgotten."""
+    if not task.cancelled():
+        task.exception()

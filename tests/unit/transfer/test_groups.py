@@ -15,9 +15,12 @@ import pytest
 import torch
 
 from disagg.errors import KVLostError
+from disagg.rpc import cluster_channel, secret_metadata
+from disagg.transfer import group_server
 from disagg.transfer.process_group import PART_BYTES
 from disagg.transfer.staging import DeviceStaging, HostStaging
-from tests.unit.transfer.transfer_support import Directory
+from disagg.v1 import reads_pb2, reads_pb2_grpc
+from tests.unit.transfer.transfer_support import SECRET, Directory
 from tests.unit.transfer.whole_halves import LARGE, Half, contents, owner_process, running_half
 
 NUM_BLOCKS = 160
@@ -65,6 +68,48 @@ async def test_bytes_are_exact_for_random_block_sets(owner: Half, puller: Half) 
         assert result.transport == "gloo"
         assert owner.released[-1] == f"r{attempt}"
     assert len(group_ids(owner)) == 1
+
+
+async def test_a_store_that_could_not_be_opened_is_tried_again(
+    owner: Half, puller: Half, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original, failures = group_server.serve_store, iter([True, True, True])
+
+    def serve(*arguments: Any) -> Any:
+        if next(failures, False):
+            raise OSError("no descriptors left")
+        return original(*arguments)
+
+    monkeypatch.setattr(group_server, "serve_store", serve)
+    with pytest.raises(KVLostError, match="no descriptors left"):
+        await puller.client.pull(owner.publish("r0", [1]), 0, [1])
+    # The second attempt of this one finds it.
+    await puller.client.pull(owner.publish("r1", [2]), 0, [2])
+    assert np.array_equal(puller.segment.blocks[2], owner.segment.blocks[2])
+
+
+async def test_of_two_groups_of_one_peer_the_earlier_is_ended(
+    owner: Half, directory: Directory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where both were asked for before the store was there."""
+    made: list[group_server.PairGroup] = []
+    original = group_server.PairGroup
+
+    def make(*arguments: Any, **options: Any) -> group_server.PairGroup:
+        made.append(original(*arguments, **options))
+        return made[-1]
+
+    monkeypatch.setattr(group_server, "PairGroup", make)
+    channel = cluster_channel(directory.known["prefill-0"][0])
+    stub: reads_pb2_grpc.KVGroupsAsyncStub = reads_pb2_grpc.KVGroupsStub(channel)
+    requests = [
+        reads_pb2.JoinGroupRequest(worker_id="decode-0", incarnation="first", group_id=bytes([n] * 16))
+        for n in (1, 2)
+    ]
+    await asyncio.gather(*(stub.Join(request, metadata=secret_metadata(SECRET)) for request in requests))
+    await channel.close()
+    assert len(made) == 2 and group_ids(owner) == [made[1].group_id]
+    assert made[0]._aborted.is_set() and not made[1]._aborted.is_set()
 
 
 async def test_pulls_at_once_on_one_pair_do_not_mix(owner: Half, puller: Half) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import logging
 import socket
 import sys
@@ -490,6 +491,33 @@ async def test_a_peer_that_stalls_costs_the_time_limit_and_no_more(directory: Di
         await stalled(directory, address, peer)
         with pytest.raises(KVLostError, match="in time"):
             await client.pull(HANDLE, 0, [1, 2, 3, 4])
+
+
+async def test_a_failure_that_nobody_waits_for_is_not_logged_as_forgotten(directory: Directory) -> None:
+    """Whoever wanted the connection gave up before it failed."""
+    peer, forgotten = Scripted(good), []
+    asked, answer = asyncio.Event(), asyncio.Event()
+
+    async def refuse(request: Any, context: Any) -> worker_pb2.ConnectResponse:
+        asked.set()
+        await answer.wait()
+        return worker_pb2.ConnectResponse(worker_id="somebody")
+
+    peer.Connect = refuse  # type: ignore[method-assign]
+    asyncio.get_running_loop().set_exception_handler(lambda _loop, context: forgotten.append(context))
+    async with serving(peer) as (_, address), running_client(directory, transport="grpc") as (client, _):
+        directory.known["prefill-0"] = (address, "first")
+        pull = asyncio.create_task(client.pull(HANDLE, 0, [1, 2, 3, 4]))
+        await asked.wait()
+        pull.cancel()
+        await asyncio.gather(pull, return_exceptions=True)
+        (connecting,) = client._connections._agreed.values()
+        answer.set()
+        await until(connecting.done)
+        client._connections._agreed.clear()
+        del connecting, pull
+        gc.collect()
+    assert forgotten == []
 
 
 async def test_a_peer_that_stops_answering_after_it_stalled(directory: Directory) -> None:
