@@ -35,6 +35,6 @@ def failed(task: asyncio.Task[Any]) -> bool:
 
 
 def looked_at(task: asyncio.Task[Any]) -> None:
-    """A done callback for tasks whose waiters may all have given up: their failure is not logged as forgotten."""
+    """A done callback for tasks whose waiters may all have given up: no failure is logged as forgotten."""
     if not task.cancelled():
         task.exception()
