@@ -25,7 +25,7 @@ from disagg.transfer.process_group import (
     reach_store,
     serve_store,
 )
-from disagg.transfer.threads import failed
+from disagg.transfer.threads import failed, looked_at
 from disagg.transfer.wire import MAX_ID_CHARS
 from disagg.v1 import reads_pb2, reads_pb2_grpc, worker_pb2
 
@@ -138,7 +138,7 @@ class GroupServer(reads_pb2_grpc.KVGroupsServicer):
         """
         await group.opened()
         position, turn = pull.first_block, 0
-        sending: asyncio.Future[None] | None = None
+        sending: asyncio.Task[None] | None = None
         try:
             # Looked up anew for each part: the lease may end in between.
             while rows := self._claim(pull, position):
@@ -151,7 +151,9 @@ class GroupServer(reads_pb2_grpc.KVGroupsServicer):
                     await sending
                 part = reads_pb2.SentBlocks(first_block=position, num_blocks=len(rows), checksum=checksum)
                 await announce(part)
-                sending = asyncio.ensure_future(group.send(buffer, len(rows)))
+                sending = asyncio.create_task(group.send(buffer, len(rows)))
+                # The puller may leave before it is awaited.
+                sending.add_done_callback(looked_at)
                 position, turn = position + len(rows), turn + 1
         except KVLostError:
             if sending is not None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import random
 import signal
+import sys
 import threading
 import time
 from collections.abc import AsyncIterator
@@ -17,7 +19,8 @@ import torch
 from disagg.errors import KVLostError
 from disagg.rpc import cluster_channel, secret_metadata
 from disagg.transfer import group_server
-from disagg.transfer.process_group import PART_BYTES
+from disagg.transfer.calls import DamagedKVError
+from disagg.transfer.process_group import PART_BYTES, GroupBrokenError
 from disagg.transfer.staging import DeviceStaging, HostStaging
 from disagg.v1 import reads_pb2, reads_pb2_grpc
 from tests.unit.transfer.transfer_support import SECRET, Directory
@@ -86,6 +89,35 @@ async def test_a_store_that_could_not_be_opened_is_tried_again(
     # The second attempt of this one finds it.
     await puller.client.pull(owner.publish("r1", [2]), 0, [2])
     assert np.array_equal(puller.segment.blocks[2], owner.segment.blocks[2])
+
+
+async def test_a_part_that_nobody_takes_is_not_logged_as_forgotten(
+    owner: Half, puller: Half, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forgotten: list[Any] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _loop, context: forgotten.append(context))
+    sent = []
+    original = group_server.PairGroup.send
+
+    async def send(*arguments: Any) -> None:
+        try:
+            await original(*arguments)
+        finally:
+            sent.append(sys.exc_info()[0])
+
+    async def damaged(*_: object) -> None:
+        raise DamagedKVError("injected")
+
+    monkeypatch.setattr(group_server.PairGroup, "send", send)
+    monkeypatch.setattr(group_server.PairGroup, "receive", damaged)
+    blocks = list(range(1, NUM_BLOCKS))
+    with pytest.raises(KVLostError, match="injected"):
+        await puller.client.pull(owner.publish("r", blocks), 0, blocks)
+    async with asyncio.timeout(10):
+        while GroupBrokenError not in sent:
+            await asyncio.sleep(0.01)
+    gc.collect()
+    assert forgotten == []
 
 
 async def test_of_two_groups_of_one_peer_the_earlier_is_ended(
