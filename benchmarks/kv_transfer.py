@@ -303,7 +303,7 @@ def main() -> None:
     parser.add_argument("--only", choices=("rates", "requests"))
     parser.add_argument("--transports", nargs="+", choices=_TRANSPORT_NAMES, default=_TRANSPORT_NAMES)
     parser.add_argument("--runs", type=int, default=9, help="pulls of each size")
-    parser.add_argument("--rounds", type=int, default=5, help="requests of each length")
+    parser.add_argument("--rounds", type=int, default=3, help="requests of each length")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     machine, rows = describe_machine(), []
