@@ -261,7 +261,7 @@ class HostilePuller:
         return True
 
     async def _ask(self, sock: socket.socket) -> None:
-        """Send requests, several at once, until one is so wrong that the owner ends the stream; the others are
+        """Send requests, several at once, until one is so wrong that the owner ends the stream; others are
         refused.
         """
         for _ in range(16):
