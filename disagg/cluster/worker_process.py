@@ -35,7 +35,8 @@ from disagg.tls import load_tls
 from disagg.transfer.client import KVTransferClient
 from disagg.transfer.segment import SharedSegment
 from disagg.transfer.server import KVTransferService
-from disagg.transfer.staged import StagedPublisher, StagedPuller, halves, staging_blocks
+from disagg.transfer.staged import StagedPublisher, StagedPuller
+from disagg.transfer.staging_rows import halves, staging_blocks
 from disagg.transfer.transports import ExtraTransports
 from disagg.types import Role, WorkerInfo
 from disagg.v1 import worker_pb2_grpc
@@ -271,7 +272,7 @@ class WorkerProcess:
             return self._publisher, client
         published, pulled = halves(segment.num_blocks)
         outgoing, incoming = self._movers
-        self._staged = StagedPublisher(self._publisher, segment, outgoing, published)
+        self._staged = StagedPublisher(self._publisher, segment, outgoing, published, self.info.block_size)
         timeout_s = self._spec.config.transfer.pull_timeout_s
         return self._staged, StagedPuller(client, segment, incoming, pulled, timeout_s)
 

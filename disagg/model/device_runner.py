@@ -20,6 +20,7 @@ from disagg.errors import DeviceLostError, RunnerLostError
 from disagg.model.decode_graphs import Capture
 from disagg.model.decoders import BackgroundDecoder
 from disagg.model.device_sampler import DeviceSampler, PendingTokens
+from disagg.model.host_memory import Moment
 from disagg.model.kv_cache import KVCache
 from disagg.model.ranks import RankProcesses
 from disagg.model.runner import ModelRunner
@@ -28,12 +29,15 @@ from disagg.types import SampledToken
 
 
 class _DeviceStep:
-    """A step on its way. samples: for each item whether a token is drawn. watched: see DeviceRunner."""
+    """A step on its way. samples: for each item whether a token is drawn. pending: what is drawn, or the end
+    of a step that draws nothing: its blocks may be handed over once it is collected. watched: see
+    DeviceRunner.
+    """
 
     def __init__(
         self,
         samples: list[bool],
-        pending: PendingTokens | None,
+        pending: PendingTokens | Moment,
         watched: Callable[[], AbstractContextManager[None]],
     ) -> None:
         self._samples = samples
@@ -42,7 +46,10 @@ class _DeviceStep:
 
     def result(self) -> list[SampledToken | None]:
         with self._watched():
-            drawn = iter(() if self._pending is None else self._pending.result())
+            if isinstance(self._pending, Moment):
+                self._pending.wait()
+                return [None] * len(self._samples)
+            drawn = iter(self._pending.result())
         return [next(drawn) if samples else None for samples in self._samples]
 
 
@@ -88,11 +95,13 @@ class DeviceRunner(ModelRunner):
         sampling = [item.seq for item in batch.items if item.samples]
         step = step_input(batch.items)
         self._point_to_drawn(step, batch.items)
-        pending = None
         with self._watched(), self._computing():
             logits = self.model.forward(step, self.kv_cache)
-            if sampling:
-                pending = self._device_sampler.start(logits, sampling, self._latest(sampling))
+            pending = (
+                self._device_sampler.start(logits, sampling, self._latest(sampling))
+                if sampling
+                else Moment(self._device)
+            )
         self._drawn_rows = {seq: row for row, seq in enumerate(sampling)}
         return _DeviceStep(samples, pending, self._watched)
 

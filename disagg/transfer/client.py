@@ -69,6 +69,7 @@ class _Pull:
     first_block: int
     local_block_ids: Sequence[int]
     began: float
+    on_copied: Callable[[int, int], None]
     epoch: int = UNKNOWN_EPOCH
     num_right: int = 0
     num_copied: int = 0
@@ -145,18 +146,38 @@ class KVTransferClient:
                     return
                 await asyncio.sleep(NO_NEWS_DELAY_S)
 
-    async def pull(self, handle: KVHandle, first_block: int, local_block_ids: Sequence[int]) -> PullResult:
+    async def completed(self, handle: KVHandle) -> None:
+        """Return once all of the handle's blocks are computed. Raises as `started` does."""
+        with peer_errors(handle.worker_id):
+            connection = await self._connections.connect((handle.worker_id, handle.incarnation))
+            position, epoch = 0, UNKNOWN_EPOCH
+            while True:
+                located = await self._locate(connection, handle, position, epoch)
+                if located.complete:
+                    return
+                position = len(located.block_ids) + (position if located.epoch == epoch else 0)
+                epoch = located.epoch
+                await asyncio.sleep(NO_NEWS_DELAY_S)
+
+    async def pull(
+        self,
+        handle: KVHandle,
+        first_block: int,
+        local_block_ids: Sequence[int],
+        on_copied: Callable[[int, int], None] = lambda _start, _count: None,
+    ) -> PullResult:
         """Copy the handle's blocks from `first_block` on into `local_block_ids`, and end the lease.
 
-        Those that the peer still computes are waited for, for as long as it answers. Raises
-        KVWithdrawnError where the peer took blocks back meanwhile, KVLostError where they
-        can't be had (the lease lives as long as it would: another worker may try), LayoutMismatchError, and
+        Those that the peer still computes are waited for, for as long as it answers. on_copied: called with a
+        position in local_block_ids and how many from there on have come; they may come again. Raises
+        KVWithdrawnError where the peer took blocks back meanwhile, KVLostError where they can't be had (the
+        lease lives as long as it would: another worker may try), LayoutMismatchError, and
         InvalidRequestError naming a block id that this worker doesn't have; what was written until then means
         nothing. When this returns or raises, cancellation included, nothing is being written any more.
         """
         self._check_local(local_block_ids)
         self._keeper.keep(handle)
-        pull = _Pull(handle, first_block, local_block_ids, time.monotonic())
+        pull = _Pull(handle, first_block, local_block_ids, time.monotonic(), on_copied)
         try:
             for attempt in range(1, PULL_ATTEMPTS + 1):
                 try:
@@ -236,6 +257,7 @@ class KVTransferClient:
                 epoch=located.epoch,
             )
         pull.num_copied = len(target_rows)
+        pull.on_copied(pull.num_right, pull.num_copied)
         pull.busy_s += time.monotonic() - began
 
     async def _locate(

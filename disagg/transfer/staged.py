@@ -12,10 +12,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections import deque
 from collections.abc import Collection, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from concurrent.futures import Executor, ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from disagg.errors import KVLostError
@@ -23,6 +22,7 @@ from disagg.transfer.client import KVTransferClient, PullResult
 from disagg.transfer.connections import Peer
 from disagg.transfer.segment import Blocks, SharedSegment
 from disagg.transfer.server import KVTransferService
+from disagg.transfer.staging_rows import StagingRows
 from disagg.transfer.threads import to_its_end
 from disagg.types import KVHandle
 
@@ -41,82 +41,43 @@ class BlockMover(Protocol):
         ...
 
 
-def staging_blocks(staging_memory: int, block_bytes: int, num_blocks: int) -> int:
-    """Return the rows of a segment through which blocks of a cache of `num_blocks` pass; at least two."""
-    return max(2, min(staging_memory // block_bytes, 2 * num_blocks))
+@dataclass(slots=True)
+class _Outgoing:
+    """A request's rows, and what of it is to be in them. block_ids: computed in `epoch`, all there are if
+    complete. has_news: the service has not been told of that yet. broken: a copy failed.
+    """
 
-
-class StagingRows:
-    """Rows of a segment, lent out lowest first so that neighbours stay together. Lives on one event loop."""
-
-    def __init__(self, rows: range) -> None:
-        self.capacity = len(rows)
-        self._free = sorted(rows, reverse=True)
-        self._waiting: deque[tuple[int, asyncio.Future[list[int]]]] = deque()
-
-    @property
-    def num_free(self) -> int:
-        return len(self._free)
-
-    def take(self, count: int) -> list[int] | None:
-        """Return rows if so many are free and nobody waits for some, else None."""
-        if self._waiting or count > len(self._free):
-            return None
-        return self._pop(count)
-
-    async def wait_for(self, count: int) -> list[int]:
-        """Return rows once so many are free, in the order of asking. KVLostError if there never are."""
-        if count > self.capacity:
-            raise KVLostError(f"{count} blocks of KV don't fit into staging memory for {self.capacity}")
-        rows = self.take(count)
-        if rows is not None:
-            return rows
-        turn: asyncio.Future[list[int]] = asyncio.get_running_loop().create_future()
-        self._waiting.append((count, turn))
-        try:
-            return await turn
-        except asyncio.CancelledError:
-            if turn.done() and not turn.cancelled():
-                self.give_back(turn.result())
-            else:
-                self._waiting.remove((count, turn))
-                self._serve()
-            raise
-
-    def give_back(self, rows: Sequence[int]) -> None:
-        self._free = sorted([*self._free, *rows], reverse=True)
-        self._serve()
-
-    def _serve(self) -> None:
-        while self._waiting and self._waiting[0][0] <= len(self._free):
-            count, turn = self._waiting.popleft()
-            turn.set_result(self._pop(count))
-
-    def _pop(self, count: int) -> list[int]:
-        return [self._free.pop() for _ in range(count)]
-
-
-def halves(num_blocks: int) -> tuple[StagingRows, StagingRows]:
-    """Return the rows of a segment for published and for pulled blocks."""
-    middle = num_blocks // 2
-    return StagingRows(range(middle)), StagingRows(range(middle, num_blocks))
+    rows: list[int]
+    epoch: int
+    block_ids: Sequence[int]
+    complete: bool
+    num_copied: int = 0
+    has_news: bool = True
+    broken: bool = False
 
 
 class StagedPublisher:
     """A KVTransferService's owner side for a cache on a device. Its on_released must call `released`.
 
-    Blocks are copied out once all of a request's are computed, beside the engine's steps; until then peers
-    are told of none, so nobody pulls early from a device.
+    Blocks are copied out as their steps end, beside the steps that follow, where rows are plentiful; else
+    once all of a request's are computed, so that room is held for no longer than the copies are wanted.
     """
 
     def __init__(
-        self, service: KVTransferService, segment: SharedSegment, mover: BlockMover, rows: StagingRows
+        self,
+        service: KVTransferService,
+        segment: SharedSegment,
+        mover: BlockMover,
+        rows: StagingRows,
+        block_size: int,
     ) -> None:
         self._service = service
         self._segment = segment
         self._mover = mover
         self._rows = rows
-        self._staged: dict[str, list[int]] = {}
+        self._block_size = block_size
+        self._sizes: dict[str, int] = {}
+        self._staged: dict[str, _Outgoing] = {}
         self._copies: dict[str, asyncio.Task[None]] = {}
         # One: the bus is exhausted by one copy.
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="kv-from-device")
@@ -126,41 +87,67 @@ class StagedPublisher:
         return self._service.num_expired
 
     def open(self, request_id: str, key: bytes, num_tokens: int) -> KVHandle:
-        return self._service.open(request_id, key, num_tokens)
+        handle = self._service.open(request_id, key, num_tokens)
+        self._sizes[request_id] = -(-num_tokens // self._block_size)
+        return handle
 
     def progress(self, request_id: str, epoch: int, block_ids: Sequence[int], *, complete: bool) -> None:
-        """Copy out what is complete, and let peers read the copies then.
+        """Copy out what is computed, and let peers read the copies then.
 
         Without room the lease covers nothing: whoever pulls learns so at once, and ends it.
         """
-        if not complete or request_id in self._staged:
-            return
-        # A request of the same name may have been here a moment ago, whose copy goes on.
-        rows = None if request_id in self._copies else self._rows.take(len(block_ids))
-        if rows is None:
+        staged = self._staged.get(request_id)
+        if staged is not None:
+            if epoch != staged.epoch:
+                staged.epoch, staged.num_copied = epoch, 0
+            staged.block_ids, staged.complete, staged.has_news = list(block_ids), complete, True
+        elif (rows := self._room(request_id, complete=complete)) is not None:
+            staged = self._staged[request_id] = _Outgoing(rows, epoch, list(block_ids), complete)
+        elif complete:
             logger.warning("request %s: staging memory has no room for %d blocks", request_id, len(block_ids))
             self._service.progress(request_id, epoch, (), complete=True)
             return
-        self._staged[request_id] = rows
-        copy = asyncio.get_running_loop().create_task(self._copy(request_id, epoch, list(block_ids), rows))
-        self._copies[request_id] = copy
+        if staged is not None and request_id not in self._copies:
+            copying = asyncio.get_running_loop().create_task(self._copy(request_id, staged))
+            self._copies[request_id] = copying
 
-    async def _copy(self, request_id: str, epoch: int, block_ids: list[int], rows: list[int]) -> None:
-        copied: Sequence[int] = rows
+    def _room(self, request_id: str, *, complete: bool) -> list[int] | None:
+        if request_id in self._copies or request_id not in self._sizes:
+            # A request of the same name was here a moment ago, and its copy goes on; or its lease has ended.
+            return None
+        size = self._sizes[request_id]
+        return self._rows.take(size) if complete else self._rows.take_spare(size)
+
+    async def _copy(self, request_id: str, staged: _Outgoing) -> None:
+        """Copy what is computed and tell of it until there is no news."""
         try:
-            copying = asyncio.get_running_loop().run_in_executor(
-                self._executor, self._mover.to_host, block_ids, self._segment.blocks, rows
-            )
+            while staged.has_news and self._staged.get(request_id) is staged:
+                staged.has_news = False
+                epoch, end, complete = staged.epoch, len(staged.block_ids), staged.complete
+                await self._copy_out(request_id, staged)
+                if staged.epoch == epoch:
+                    staged.num_copied = end
+                if complete or not staged.broken:
+                    # A lease whose blocks the engine took back, or that ended, meanwhile knows better.
+                    copied = () if staged.broken else staged.rows[:end]
+                    self._service.progress(request_id, epoch, copied, complete=complete)
+        finally:
+            del self._copies[request_id]
+            if self._staged.get(request_id) is not staged:  # released meanwhile
+                self._rows.give_back(staged.rows)
+
+    async def _copy_out(self, request_id: str, staged: _Outgoing) -> None:
+        ids, rows = staged.block_ids[staged.num_copied :], staged.rows[staged.num_copied :]
+        if not ids or staged.broken:
+            return
+        copying = asyncio.get_running_loop().run_in_executor(
+            self._executor, self._mover.to_host, ids, self._segment.blocks, rows[: len(ids)]
+        )
+        try:
             await to_its_end(copying, lambda: None)
         except Exception:
             logger.exception("request %s: its KV could not be copied to host memory", request_id)
-            copied = ()
-        finally:
-            del self._copies[request_id]
-            if request_id not in self._staged:  # released meanwhile
-                self._rows.give_back(rows)
-        # Blocks that the engine took back, or a lease that ended, meanwhile: then this does nothing.
-        self._service.progress(request_id, epoch, copied, complete=True)
+            staged.broken = True
 
     def withdraw(self, request_id: str) -> None:
         self._service.withdraw(request_id)
@@ -170,9 +157,10 @@ class StagedPublisher:
 
     def released(self, request_id: str) -> None:
         """Take the rows of a lease that ended back, once nothing is copied into them any more."""
-        rows = self._staged.pop(request_id, None)
-        if rows is not None and request_id not in self._copies:
-            self._rows.give_back(rows)
+        self._sizes.pop(request_id, None)
+        staged = self._staged.pop(request_id, None)
+        if staged is not None and request_id not in self._copies:
+            self._rows.give_back(staged.rows)
 
     async def close(self) -> None:
         """Wait for copies to their end."""
@@ -181,7 +169,11 @@ class StagedPublisher:
 
 
 class StagedPuller:
-    """A KVTransferClient for a cache on a device. timeout_s: bound on the wait for room."""
+    """A KVTransferClient for a cache on a device. timeout_s: bound on the wait for room.
+
+    Pulls as blocks are computed where rows are plentiful, and brings each lot to the device while the next
+    is on its way; else once all are computed.
+    """
 
     def __init__(
         self,
@@ -196,7 +188,7 @@ class StagedPuller:
         self._mover = mover
         self._rows = rows
         self._timeout_s = timeout_s
-        # One: the bus is exhausted by one copy.
+        # One, so that what is read a second time also comes second, and the bus is exhausted by one copy.
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="kv-to-device")
 
     def keep_alive(self, handle: KVHandle) -> None:
@@ -217,20 +209,29 @@ class StagedPuller:
     async def pull(self, handle: KVHandle, first_block: int, local_block_ids: Sequence[int]) -> PullResult:
         """Pull into host memory and copy from there to the device; else as KVTransferClient.pull."""
         rows = await self._room(handle, len(local_block_ids))
+        incoming = _Incoming(self._executor, self._mover, self._segment.blocks, rows, list(local_block_ids))
         try:
-            result = await self._client.pull(handle, first_block, rows)
-            pulled = time.monotonic()
-            copying = asyncio.get_running_loop().run_in_executor(
-                self._executor, self._mover.to_device, self._segment.blocks, rows, list(local_block_ids)
-            )
-            await to_its_end(copying, lambda: None)
+            try:
+                result = await self._client.pull(handle, first_block, rows, incoming.copy)
+                pulled = time.monotonic()
+            finally:
+                # Also after a failure: nobody may write to the blocks, or read the rows, from then on.
+                await incoming.settle()
         finally:
             self._rows.give_back(rows)
-        copied_s = time.monotonic() - pulled
-        return replace(result, seconds=result.seconds + copied_s, exposed_s=result.exposed_s + copied_s)
+        incoming.check()
+        exposed_s = time.monotonic() - pulled
+        return replace(
+            result, seconds=result.seconds + incoming.seconds, exposed_s=result.exposed_s + exposed_s
+        )
 
     async def _room(self, handle: KVHandle, count: int) -> list[int]:
+        rows = self._rows.take_spare(count)
+        if rows is not None:
+            return rows
         try:
+            if count <= self._rows.capacity:
+                await self._client.completed(handle)
             async with asyncio.timeout(self._timeout_s):
                 return await self._rows.wait_for(count)
         except BaseException as error:
@@ -242,3 +243,38 @@ class StagedPuller:
     async def close(self) -> None:
         await self._client.close()
         self._executor.shutdown(wait=False, cancel_futures=True)
+
+
+class _Incoming:
+    """Copies of one pull to the device. seconds: that they took."""
+
+    def __init__(
+        self, executor: Executor, mover: BlockMover, memory: Blocks, rows: list[int], block_ids: list[int]
+    ) -> None:
+        self._executor = executor
+        self._mover = mover
+        self._memory = memory
+        self._rows = rows
+        self._block_ids = block_ids
+        self._copies: list[asyncio.Future[None]] = []
+        self.seconds = 0.0
+
+    def copy(self, start: int, count: int) -> None:
+        """Begin to copy rows start .. start + count to their blocks, after those before."""
+        self._copies.append(
+            asyncio.get_running_loop().run_in_executor(self._executor, self._to_device, start, start + count)
+        )
+
+    def _to_device(self, start: int, end: int) -> None:
+        began = time.monotonic()
+        self._mover.to_device(self._memory, self._rows[start:end], self._block_ids[start:end])
+        self.seconds += time.monotonic() - began
+
+    async def settle(self) -> None:
+        """Return when all have ended, whether they failed or not."""
+        await to_its_end(asyncio.gather(*self._copies, return_exceptions=True), lambda: None)
+
+    def check(self) -> None:
+        """Raise what one of them raised."""
+        for copying in self._copies:
+            copying.result()

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 
-async def to_its_end(copying: asyncio.Future[None], stop: Callable[[], object]) -> None:
+async def to_its_end(copying: asyncio.Future[Any], stop: Callable[[], object]) -> None:
     """Await what runs on a thread. If this task is cancelled, stop it and see it end before the cancellation
     goes on: whoever cancelled gives the rows back, and nobody may write into them from then on.
 

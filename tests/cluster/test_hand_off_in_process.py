@@ -10,11 +10,13 @@ from typing import Any
 
 import pytest
 
+from disagg.cluster import worker_process
 from disagg.config import BUNDLED_MODEL
 from disagg.errors import KVLostError, KVWithdrawnError, NoCapacityError, OverloadedError
 from disagg.service.generation import GenerationRequest
 from disagg.service.tokenizer import Tokenizer
 from disagg.transfer.calls import DamagedKVError
+from disagg.transfer.staged import StagedPublisher, StagedPuller
 from disagg.types import KVHandle, SamplingParams
 from tests.cluster.harness import Cluster, ask, running_cluster
 
@@ -43,8 +45,22 @@ def slow_down(cluster: Cluster, worker_id: str, seconds: float) -> None:
     runner.execute = slowly  # type: ignore[method-assign]
 
 
+@pytest.fixture(params=["readable", "staged"])
+def memory(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether peers read the cache itself, or what a worker on a GPU lets pass through host memory."""
+    monkeypatch.setattr(worker_process, "stages", lambda _device: request.param == "staged")
+
+
 def client_of(cluster: Cluster, worker_id: str) -> Any:
-    return cluster.workers[worker_id]._puller
+    puller = cluster.workers[worker_id]._puller
+    return puller._client if isinstance(puller, StagedPuller) else puller
+
+
+def all_rows_are_back(cluster: Cluster) -> bool:
+    """Whether no worker has a row of its staging memory out."""
+    ends = [end for process in cluster.workers.values() for end in (process._staged, process._puller)]
+    staged = [end for end in ends if isinstance(end, StagedPublisher | StagedPuller)]
+    return all(end._rows.num_free == end._rows.capacity for end in staged)
 
 
 def watch_copies(cluster: Cluster, worker_id: str) -> list[tuple[int, int, bool]]:
@@ -119,6 +135,86 @@ async def test_chunks_are_pulled_while_later_ones_are_computed(prompt: list[int]
         await cluster.wait_idle(5.0)
 
 
+async def test_chunks_are_on_the_device_while_later_ones_are_computed(
+    prompt: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(worker_process, "stages", lambda _device: True)
+    async with running_cluster() as cluster:
+        expected = await ask(cluster, prompt)
+        slow_down(cluster, "prefill-0", 0.05)
+        puller = cluster.workers["decode-0"]._puller
+        assert isinstance(puller, StagedPuller)
+        moved, released = [], []
+        to_device, release = puller._mover.to_device, puller._client._release
+
+        def watched(source: Any, rows: list[int], block_ids: list[int]) -> None:
+            moved.append((len(block_ids), bool(released)))
+            to_device(source, rows, block_ids)
+
+        async def releasing(*arguments: Any) -> bool:
+            released.append(True)
+            return await release(*arguments)
+
+        puller._mover.to_device = watched  # type: ignore[method-assign]
+        puller._client._release = releasing  # type: ignore[method-assign]
+        answer = await ask(cluster, prompt, cache_salt="early")
+        assert answer.token_ids == expected.token_ids
+        assert sum(count for count, _ in moved) == -(-len(prompt) // 16)
+        assert sum(count for count, late in moved if not late) >= 3 * 64 // 16
+        await cluster.wait_idle(5.0)
+        assert all_rows_are_back(cluster)
+
+
+@pytest.mark.parametrize("which", ["first", "last"])
+async def test_a_copy_from_the_device_that_fails_costs_a_computation(
+    prompt: list[int], monkeypatch: pytest.MonkeyPatch, which: str
+) -> None:
+    monkeypatch.setattr(worker_process, "stages", lambda _device: True)
+    async with running_cluster() as cluster:
+        expected = await ask(cluster, prompt)
+        slow_down(cluster, "prefill-0", 0.05)
+        publisher = cluster.workers["prefill-0"]._staged
+        assert publisher is not None
+        to_host, failures, num_copied = publisher._mover.to_host, [], 0
+
+        def broken(block_ids: list[int], target: Any, rows: list[int]) -> None:
+            nonlocal num_copied
+            num_copied += len(block_ids)
+            if not failures and (which == "first" or num_copied == -(-len(prompt) // 16)):
+                failures.append(True)
+                raise RuntimeError("injected")
+            to_host(block_ids, target, rows)
+
+        publisher._mover.to_host = broken  # type: ignore[method-assign]
+        answer = await ask(cluster, prompt, cache_salt="broken")
+        assert answer.token_ids == expected.token_ids
+        assert failures
+        assert (await recoveries(cluster))["recompute"] == 1
+        await cluster.wait_idle(5.0)
+        assert all_rows_are_back(cluster)
+
+
+@pytest.mark.parametrize("side", ["prefill-0", "decode-0"])
+async def test_where_rows_are_few_blocks_pass_once_all_are_computed(
+    prompt: list[int], monkeypatch: pytest.MonkeyPatch, side: str
+) -> None:
+    monkeypatch.setattr(worker_process, "stages", lambda _device: True)
+    async with running_cluster() as cluster:
+        expected = await ask(cluster, prompt)
+        slow_down(cluster, "prefill-0", 0.05)
+        process = cluster.workers[side]
+        end = process._staged if side == "prefill-0" else process._puller
+        assert isinstance(end, StagedPublisher | StagedPuller)
+        held = end._rows.take(end._rows.num_free - -(-len(prompt) // 16))
+        assert held is not None
+        copies = watch_copies(cluster, "decode-0")
+        assert (await ask(cluster, prompt, cache_salt="few")).token_ids == expected.token_ids
+        assert [(first, complete) for first, _, complete in copies] == [(0, True)]
+        end._rows.give_back(held)
+        await cluster.wait_idle(5.0)
+        assert all_rows_are_back(cluster)
+
+
 async def test_blocks_that_decode_has_are_not_sent(prompt: list[int]) -> None:
     async with running_cluster() as cluster:
         expected = await ask(cluster, prompt)
@@ -127,6 +223,7 @@ async def test_blocks_that_decode_has_are_not_sent(prompt: list[int]) -> None:
         assert [(first, complete) for first, _, complete in copies] == [(18, True)]
 
 
+@pytest.mark.usefixtures("memory")
 async def test_a_prompt_that_is_preempted_meanwhile_is_pulled_anew(prompt: list[int]) -> None:
     async with running_cluster() as cluster:
         expected = await ask(cluster, prompt)
@@ -148,6 +245,7 @@ async def test_a_prompt_that_is_preempted_meanwhile_is_pulled_anew(prompt: list[
         await cluster.wait_idle(5.0)
 
 
+@pytest.mark.usefixtures("memory")
 @pytest.mark.parametrize("after_copies", [0, 1, 3])
 async def test_a_client_that_leaves_during_an_early_pull(prompt: list[int], after_copies: int) -> None:
     async with running_cluster() as cluster:
@@ -170,8 +268,10 @@ async def test_a_client_that_leaves_during_an_early_pull(prompt: list[int], afte
         await stream.aclose()
         await cluster.wait_idle(1.0)
         assert len(cluster.workers["prefill-0"]._publisher._leases) == 0
+        assert all_rows_are_back(cluster)
 
 
+@pytest.mark.usefixtures("memory")
 async def test_a_decode_worker_lost_while_prefill_runs(prompt: list[int]) -> None:
     """The KV is computed once; another decode worker pulls it."""
     async with running_cluster(decode=2) as cluster:
@@ -194,6 +294,7 @@ async def test_a_decode_worker_lost_while_prefill_runs(prompt: list[int]) -> Non
 # -- the ladder --------------------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("memory")
 async def test_damage_is_pulled_again_from_the_same_peer(prompt: list[int]) -> None:
     async with running_cluster() as cluster:
         expected = await ask(cluster, prompt)
@@ -342,7 +443,9 @@ async def test_a_view_behind_the_routers_does_not_end_a_request(prompt: list[int
         await cluster.wait_idle(5.0)
 
 
-async def test_a_decode_worker_that_is_cut_off_leaves_the_kv_to_another(prompt: list[int]) -> None:
+async def test_a_decode_worker_that_is_cut_off_leaves_the_kv_to_another(
+    prompt: list[int], memory: str
+) -> None:
     """Only its stream to the front end breaks: it lives, and gives the request up."""
     async with running_cluster(decode=2) as cluster:
         expected = await ask(cluster, prompt)
@@ -361,7 +464,9 @@ async def test_a_decode_worker_that_is_cut_off_leaves_the_kv_to_another(prompt: 
         await cluster.wait_idle(5.0)
 
 
-async def test_a_withdrawal_that_is_heard_of_after_the_token_costs_another_pull(prompt: list[int]) -> None:
+async def test_a_withdrawal_that_is_heard_of_after_the_token_costs_another_pull(
+    prompt: list[int], memory: str
+) -> None:
     async with running_cluster() as cluster:
         expected = await ask(cluster, prompt)
         slow_down(cluster, "prefill-0", 0.05)

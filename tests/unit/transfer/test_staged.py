@@ -7,7 +7,7 @@ import asyncio
 import pytest
 
 from disagg.errors import KVLostError
-from disagg.transfer.staged import StagingRows, halves, staging_blocks
+from disagg.transfer.staging_rows import StagingRows, halves, staging_blocks
 
 
 def test_rows_are_neighbours_and_come_back():
