@@ -2,11 +2,12 @@
 
     python benchmarks/live_vs_sim.py --json out.json
 
-First `disagg bench profile` measures the idle cluster; then a Poisson trace of made-up lengths is sent to it,
-open loop, and the simulator replays that trace on the measured profile with the same engine settings. Both
-are repeated --rounds times in turn, each round with its own profile, since a machine's pace changes between
-minutes; figures are medians over the rounds. What is left between the two: the client's and the front end's
-own work grows with the load and takes cores from the workers, and the profile was taken on an idle machine.
+`disagg bench profile` measures the cluster; then a Poisson trace of made-up lengths is sent to it, open loop,
+and the simulator replays that trace on the measured profile with the same engine settings. This is repeated
+--rounds times, each trace between two profiles of which it gets both, since a machine's pace changes between
+minutes; figures are medians over the rounds. The rate follows from the first profile, so that the load is
+--load on any machine. What is left between the two: the machine's pace changes within a round too, and what
+the client and the front end take from the workers is in the profile only as far as its probes show it.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from rich.table import Table
 
 from disagg.bench.client import Client, Endpoint, RequestResult
 from disagg.bench.machine import describe_machine
-from disagg.bench.profile import Profiler, fit_profile
+from disagg.bench.profile import Profiler, Samples, fit_profile
 from disagg.bench.serve import ServeOptions, prepare
 from disagg.sim.simulation import Simulation
 from disagg.sim.spec import SimSpec, parse_spec
@@ -62,14 +63,14 @@ def settings(policy: str) -> dict[str, Any]:
     }
 
 
-async def profile(cluster: LocalCluster) -> dict[str, Any]:
+async def profile(cluster: LocalCluster) -> Samples:
     endpoint = Endpoint.parse(cluster.url)
     longest = Workload("profile", (TimedRequest(0.0, MAX_PROMPT, MAX_OUTPUT),))
     client = Client(endpoint, 300.0)
     builder = prepare(ServeOptions(url=cluster.url, vocab_size=cluster.vocab_size), longest, endpoint)
     try:
         profiler = Profiler(client.stream, builder, max_tokens=MAX_PROMPT, repeats=3)
-        return fit_profile(await profiler.run())
+        return await profiler.run()
     finally:
         client.close()
 
@@ -133,8 +134,8 @@ def cluster_file(measured: dict[str, Any], model: Path, path: Path, policy: str)
             "hardware": {"here": {"flops": 1e11, "bandwidth": 1e10, "memory": 1e10}},
             "cost": {"kind": "profile", "file": str(path)},
             "pools": {
-                "prefill": {"role": "prefill", **worker},
-                "decode": {"role": "decode", **worker},
+                role: {"role": role, "slowed_by_others": measured["interference"][role], **worker}
+                for role in ("prefill", "decode")
             },
             "links": {"bandwidth_gb_s": bandwidth / 1e9, "sharing": "shared", "handoff": "serial"},
             "engine": {
@@ -149,6 +150,13 @@ def cluster_file(measured: dict[str, Any], model: Path, path: Path, policy: str)
             },
         }
     )
+
+
+def prefill_s(measured: dict[str, Any], count: int) -> float:
+    """Return how long a prompt of the trace takes on average."""
+    a, b, c = (measured["prefill"][key] for key in "abc")
+    sizes = [item.prompt_tokens for item in trace(1.0, count, 0)]
+    return statistics.mean(a + b * size + c * size * size / 2 for size in sizes)
 
 
 def figures(times: Times) -> dict[str, float]:
@@ -170,12 +178,19 @@ def compare(arguments: argparse.Namespace, console: Console) -> tuple[list[dict[
         tempfile.TemporaryDirectory() as scratch,
         serving(model, settings(arguments.policy)) as cluster,
     ):
+        before = asyncio.run(profile(cluster))
+        rate = arguments.rate or arguments.load / prefill_s(fit_profile(before), arguments.requests)
         for number in range(arguments.rounds):
-            measured = asyncio.run(profile(cluster))
-            load = trace(arguments.rate, arguments.requests, number)
-            spec = cluster_file(measured, model, Path(scratch) / "profile.json", arguments.policy)
+            load = trace(rate, arguments.requests, number)
             live.append(figures(asyncio.run(replay(cluster, load, number))))
+            after = asyncio.run(profile(cluster))
+            around = Samples()
+            around.extend(before)
+            around.extend(after)
+            measured, before = fit_profile(around), after
+            spec = cluster_file(measured, model, Path(scratch) / "profile.json", arguments.policy)
             sim.append(figures(simulated(spec, load)))
+            console.print(f"round {number + 1}: {rate:.2f} requests/s, profile {measured}", style="dim")
             ratios = {name: round(sim[-1][name] / live[-1][name], 3) for name in live[-1]}
             console.print(f"round {number + 1}: simulated / live {ratios}", style="dim")
     rows = []
@@ -201,7 +216,8 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--shape", default="llama-81m", help=f"{BUNDLED}, or a shape of engine.py")
-    parser.add_argument("--rate", type=float, default=0.8, help="requests per second")
+    parser.add_argument("--load", type=float, default=0.35, help="share of prefill's time")
+    parser.add_argument("--rate", type=float, help="requests per second, in place of --load")
     parser.add_argument("--requests", type=int, default=60, help="of each round")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--policy", default="least_loaded")

@@ -242,6 +242,8 @@ def _profile_table(made: dict[str, Any]) -> Table:
             "" if b is None else f"{b * 1e3:.4f}",
             "" if c is None else f"{c * 1e6:.4f}",
         )
+    beside = made["interference"]
+    table.caption = f"beside each other: prefill +{beside['prefill']:.0%}, decode +{beside['decode']:.0%}"
     return table
 
 

@@ -6,6 +6,8 @@ from each other on one machine is in it, and it needs nothing of a worker but th
     lone prompts     TTFT = request + prefill a + b * tokens + c * tokens * context
     k streams        gap  = decode  a + b * k      + c * cached tokens
     second tokens    gap  = decode step + hand-off a + b * tokens
+    prompts beside   how much longer than a lone one's TTFT beside streams, and these streams' gaps meanwhile
+      streams        than before and after: `interference` of workers that share a machine
 
 A step with few tokens costs what a decode step does, whatever they are; what a lone prompt takes beyond that
 before its first token is time outside the engine: `request`.
@@ -16,8 +18,8 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
-from itertools import combinations
-from statistics import median
+from itertools import combinations, pairwise
+from statistics import mean, median
 from typing import Any
 
 import numpy as np
@@ -31,24 +33,47 @@ PROMPTS = (16, 32, 64, 128, 256, 512, 1024, 2048)
 STREAMS = (1, 2, 4, 8)
 STREAM_IN, STREAM_OUT = 32, 48
 LONE_OUT = 3
+# Streams beside which a prompt is sent, and their tokens: they have to last for all of its prefill.
+BESIDE, BESIDE_OUT = 2, 96
 
 Send = Callable[[int, StreamRequest], Awaitable[RequestResult]]
+Sleep = Callable[[float], Awaitable[None]]
 Features = tuple[float, ...]
 
 
 @dataclass
 class Samples:
-    """(features, seconds) of each kind; see the module's formulas."""
+    """(features, seconds) of each kind; see the module's formulas.
+
+    beside: (tokens, TTFT) of prompts beside streams. disturbed, calm: gaps of these meanwhile, and otherwise.
+    """
 
     prompts: list[tuple[Features, float]] = field(default_factory=list)
     gaps: list[tuple[Features, float]] = field(default_factory=list)
     second_gaps: list[tuple[int, float]] = field(default_factory=list)
+    beside: list[tuple[int, float]] = field(default_factory=list)
+    disturbed: list[float] = field(default_factory=list)
+    calm: list[float] = field(default_factory=list)
+
+    def extend(self, others: Samples) -> None:
+        """Take over what another profile of the same cluster has."""
+        for name in ("prompts", "gaps", "second_gaps", "beside", "disturbed", "calm"):
+            getattr(self, name).extend(getattr(others, name))
 
 
 class Profiler:
     """Sends probes one after another. max_tokens: of the longest prompt; repeats: of each probe."""
 
-    def __init__(self, send: Send, builder: RequestBuilder, *, max_tokens: int, repeats: int) -> None:
+    def __init__(
+        self,
+        send: Send,
+        builder: RequestBuilder,
+        *,
+        max_tokens: int,
+        repeats: int,
+        sleep: Sleep = asyncio.sleep,
+    ) -> None:
+        self._sleep = sleep
         self._send = send
         self._builder = builder
         self._prompts = [size for size in PROMPTS if size <= max_tokens] or [max_tokens]
@@ -63,17 +88,45 @@ class Profiler:
         probes += [(min(STREAM_IN, long), k, STREAM_OUT) for k in STREAMS]
         probes += [(long, k, STREAM_OUT) for k in STREAMS[::2]]
         await self._streams(self._prompts[0], 1, LONE_OUT)  # connections, caches
-        total = self._repeats * len(probes)
-        for number in range(total):
+        beside = self._prompts[-3:-1]
+        total = self._repeats * (len(probes) + len(beside))
+        done = 0
+        for _ in range(self._repeats):
             # Round by round, so that a machine that changes its pace does so for all probes.
-            size, streams, tokens = probes[number % len(probes)]
-            results = await self._streams(size, streams, tokens)
-            if streams == 1:
-                self._note_lone(size, results[0])
-            if tokens == STREAM_OUT:
-                self._note_gaps(size, results)
-            on_progress((number + 1) / total)
+            for size, streams, tokens in probes:
+                results = await self._streams(size, streams, tokens)
+                if streams == 1:
+                    self._note_lone(size, results[0])
+                if tokens == STREAM_OUT:
+                    self._note_gaps(size, results)
+                on_progress((done := done + 1) / total)
+            for size in beside:
+                await self._beside_streams(size, min(STREAM_IN, long))
+                on_progress((done := done + 1) / total)
         return self.samples
+
+    async def _beside_streams(self, size: int, stream_in: int) -> None:
+        """Send a prompt of which only the first token is wanted while streams decode."""
+        streams = asyncio.ensure_future(self._streams(stream_in, BESIDE, BESIDE_OUT))
+        try:
+            # Until these have begun to decode, which prompts of the least size tell.
+            least_s = median(seconds for _, seconds in self.samples.prompts[: len(self._prompts)])
+            await self._sleep(2 * BESIDE * least_s)
+            prompt = (await self._streams(size, 1, 1))[0]
+        finally:
+            others = await streams
+        begin, end = prompt.sent_s, prompt.token_times[0]
+        if any(len(other.token_times) < BESIDE_OUT for other in others):
+            return
+        if any(other.token_times[1] > begin or other.token_times[-1] < end for other in others):
+            return  # they did not run all the time
+        self.samples.beside.append((size, end - begin))
+        for other in others:
+            for before, after in pairwise(other.token_times[2:]):
+                if before >= begin and after <= end:
+                    self.samples.disturbed.append(after - before)
+                elif after <= begin or before >= end:
+                    self.samples.calm.append(after - before)
 
     async def _streams(self, prompt: int, count: int, tokens: int) -> list[RequestResult]:
         requests = []
@@ -124,12 +177,26 @@ def fit_profile(samples: Samples) -> dict[str, Any]:
         "decode": dict(zip("abc", decode, strict=True)),
         "request": {"a": whole[0] - least},
         "handoff": {"a": handoff_a, "b": handoff_b},
+        "interference": _interference(samples),
         "measured": {
             "prompts": len(samples.prompts),
             "gaps": len(samples.gaps),
             "prefill_error": prefill_error,
             "decode_error": decode_error,
         },
+    }
+
+
+def _interference(samples: Samples) -> dict[str, float]:
+    """Return by what share prefill beside decode, and decode beside prefill, take longer than alone."""
+    lone: dict[float, list[float]] = {}
+    for (_, tokens, _), seconds in samples.prompts:
+        lone.setdefault(tokens, []).append(seconds)
+    ratios = [seconds / median(lone[tokens]) for tokens, seconds in samples.beside if tokens in lone]
+    decode = mean(samples.disturbed) / mean(samples.calm) if samples.disturbed and samples.calm else 1.0
+    return {
+        "prefill": max(0.0, (median(ratios) if ratios else 1.0) - 1),
+        "decode": max(0.0, decode - 1),
     }
 
 

@@ -35,6 +35,7 @@ from disagg.sim.faults import schedule_faults
 from disagg.sim.frontend import FrontEnd
 from disagg.sim.gaps import Gaps
 from disagg.sim.links import Network, PrivateLinks, SharedLinks
+from disagg.sim.machine import Machine
 from disagg.sim.pipeline import Pipeline
 from disagg.sim.records import Outcome, Records
 from disagg.sim.spec import PoolSpec, SimSpec
@@ -128,6 +129,8 @@ class Simulation:
         self._root = chain_root(_MODEL)
         self._handoff = spec.links.handoff
         self._costs: dict[str, CostModel] = {}
+        shared = any(pool.slowed_by_others for pool in spec.pools.values())
+        self._machine = Machine(self.loop) if shared else None
         self.workers = self._make_workers(fast)
         self.network = self._make_network()
         self._kv_bytes = spec.shape.kv_bytes_per_token
@@ -187,6 +190,8 @@ class Simulation:
                 watch_prefills=self._handoff == "overlapped",
                 sample_steps=self._predicting,
                 pipeline=pipeline,
+                machine=self._machine,
+                slowed=pool.slowed_by_others,
             )
 
     def _cost_of(self, name: str) -> CostModel:

@@ -94,7 +94,8 @@ class PoolSpec(_Frozen):
 
     A pipeline of n stages is simulated as n engines that share it, see disagg.sim.pipeline. num_kv_blocks:
     per worker; None computes it from what the weights leave of memory_share of the memory.
-    cost, bandwidth_gb_s and the engine's limits stand over the cluster's.
+    cost, bandwidth_gb_s and the engine's limits stand over the cluster's. slowed_by_others: how much longer a
+    step takes while any other worker computes, 0.2 for a fifth: where all pools share one machine.
     """
 
     role: Role
@@ -107,6 +108,7 @@ class PoolSpec(_Frozen):
     max_num_seqs: int | None = Field(None, ge=1)
     max_num_batched_tokens: int | None = Field(None, ge=1)
     bandwidth_gb_s: float | None = Field(None, gt=0)
+    slowed_by_others: float = Field(0.0, ge=0, le=10)
     cost: CostSpec | None = None
 
     @property
@@ -173,6 +175,12 @@ class SimSpec(_Frozen):
 
     @model_validator(mode="after")
     def _workers_and_hardware(self) -> SimSpec:
+        shared = any(pool.slowed_by_others for pool in self.pools.values())
+        for name, pool in self.pools.items():
+            if shared and pool.pipeline_parallel_size > 1:
+                raise ValueError(
+                    f"pools.{name}: pipeline_parallel_size above 1 can't go with slowed_by_others"
+                )
         for name, pool in self.pools.items():
             if pool.hardware not in self.hardware and pool.hardware not in HARDWARE:
                 known = ", ".join([*self.hardware, *HARDWARE])

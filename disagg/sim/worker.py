@@ -22,6 +22,7 @@ from disagg.sim.costs.base import Chunk, CostModel
 from disagg.sim.decode_run import SAMPLED, DecodeRun, num_tokens
 from disagg.sim.events import EventLoop
 from disagg.sim.gaps import Gaps
+from disagg.sim.machine import Job, Machine
 from disagg.sim.pipeline import Pipeline
 from disagg.sim.step_samples import StepSamples
 from disagg.types import Request, SampledToken, StepOutput, WorkerInfo, WorkerStatus
@@ -73,8 +74,10 @@ class SimWorker:
 
     sample_steps: report how long steps and pulls take, for routers that predict.
     arrived: KV of a hand-off is there before its request is added, so a reservation is active at once.
-    pipeline: stages that its steps pass and share with other engines; such steps are taken singly. info: its
-    incarnation changes when it is replaced. usage: over all incarnations. alive: neither lost nor stopped.
+    pipeline: stages that its steps pass and share with other engines; machine: where they run beside those of
+    other workers, and slowed, by what share of its time these then lengthen a step. Steps of either are taken
+    singly. info: its incarnation changes when it is replaced. usage: over all incarnations. alive: neither
+    lost nor stopped.
     """
 
     def __init__(
@@ -92,6 +95,8 @@ class SimWorker:
         watch_prefills: bool = False,
         sample_steps: bool = False,
         pipeline: Pipeline | None = None,
+        machine: Machine | None = None,
+        slowed: float = 0.0,
     ) -> None:
         self.info = info
         self.pool = pool
@@ -104,7 +109,10 @@ class SimWorker:
         self._listener = listener
         self._gaps = gaps
         self._pipeline = pipeline
-        self._leaps = fast and pipeline is None
+        self._machine = machine
+        self._slowed = slowed
+        self._job: Job | None = None
+        self._leaps = fast and pipeline is None and machine is None
         self._arrived = arrived
         self._slowdown = 1.0
         self._lines: dict[int, tuple[float, float]] = {}
@@ -314,9 +322,14 @@ class SimWorker:
         if self._samples is not None:
             self._samples.step(seconds, chunks, len(decodes), context)
         self._version += 1
-        now = self._loop.now
+        version, now = self._version, self._loop.now
+        if self._machine is not None:
+            self._job = self._machine.run(
+                seconds, self._slowed, lambda took: self._end_exact((batch, version, took, len(decodes)))
+            )
+            return
         end = now + seconds if self._pipeline is None else self._pipeline.enter(now, seconds)
-        self._loop.at(end, self._end_exact, (batch, self._version, seconds, len(decodes)))
+        self._loop.at(end, self._end_exact, (batch, version, seconds, len(decodes)))
 
     def _end_exact(self, event: tuple[Batch, int, float, int]) -> None:
         batch, version, seconds, num_decodes = event
@@ -439,6 +452,8 @@ class SimWorker:
             self._run.settle(in_flight=self._in_flight)
         self.alive = False
         self._version += 1
+        if self._machine is not None and self._job is not None:
+            self._machine.drop(self._job)
         return num_tokens(self.engine)
 
     def replace(self) -> None:

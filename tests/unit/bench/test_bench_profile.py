@@ -12,7 +12,7 @@ import pytest
 
 from disagg.bench.client import RequestResult, StreamRequest
 from disagg.bench.failures import BenchError
-from disagg.bench.profile import STREAMS, Profiler, Samples, fit_profile
+from disagg.bench.profile import BESIDE_OUT, STREAMS, Profiler, Samples, fit_profile
 from disagg.bench.prompts import EndpointKind, RequestBuilder, RequestOptions, TokenPrompts
 from disagg.sim.costs.base import Chunk
 from disagg.sim.costs.profile import load_profile
@@ -28,8 +28,12 @@ HANDOFF = (0.005, 2e-5)
 class Cluster:
     """Answers as one with these coefficients would, each stream among as many as are open."""
 
-    def __init__(self, *, jitter: float = 0.0, lump: bool = False) -> None:
+    def __init__(
+        self, *, jitter: float = 0.0, lump: bool = False, beside: tuple[float, float] = (0.0, 0.0)
+    ) -> None:
         self._open = 0
+        self._beside = beside
+        self._num_prompts, self._prompt_ends = 0, 0.0
         self._jitter, self._lump = jitter, lump
         self._rng = np.random.default_rng(0)
 
@@ -50,6 +54,26 @@ class Cluster:
             times = times[:1] + times[-1:]
         return RequestResult(index, 0.0, 0.0, times[-1], size, token_times=times, output_tokens=tokens)
 
+    async def send_at(self, index: int, request: StreamRequest) -> RequestResult:
+        """As `send`, but prompts of one token come after a second and slow the streams that run then."""
+        tokens = request.expected_tokens or 1
+        if tokens == BESIDE_OUT:
+            before = self._num_prompts
+            while self._num_prompts == before:
+                await asyncio.sleep(0)
+            times = [0.5]
+            for _ in range(1, tokens):
+                slower = 1 + self._beside[1] if 1.0 <= times[-1] < self._prompt_ends else 1.0
+                times.append(times[-1] + 0.014 * slower)
+            return RequestResult(index, 0.0, 0.0, times[-1], 0, token_times=times, output_tokens=tokens)
+        result = await self.send(index, request)
+        if tokens == 1:
+            self._num_prompts += 1
+            ttft = (result.token_times[0] - REQUEST_S) * (1 + self._beside[0]) + REQUEST_S
+            self._prompt_ends = 1.0 + ttft
+            return RequestResult(index, 1.0, 1.0, 1.0 + ttft, 0, token_times=[1.0 + ttft], output_tokens=1)
+        return result
+
     def _took(self, seconds: float) -> float:
         # Every tenth step is interrupted for a long time.
         late = 5.0 if self._rng.random() < 0.1 and self._jitter else 1.0
@@ -63,8 +87,12 @@ def builder() -> RequestBuilder:
 
 
 def measured(cluster: Cluster, *, repeats: int = 1) -> dict[str, Any]:
-    profiler = Profiler(cluster.send, builder(), max_tokens=1024, repeats=repeats)
+    profiler = Profiler(cluster.send, builder(), max_tokens=1024, repeats=repeats, sleep=at_once)
     return fit_profile(asyncio.run(profiler.run()))
+
+
+async def at_once(_seconds: float) -> None:
+    """Pass no time: the cluster's is made up."""
 
 
 def test_coefficients_are_found_and_read_by_the_simulator(tmp_path: Path) -> None:
@@ -107,3 +135,21 @@ def test_coefficients_are_never_negative() -> None:
 def test_tokens_that_come_in_lumps_are_no_steps() -> None:
     with pytest.raises(BenchError, match="too few tokens"):
         measured(Cluster(lump=True))
+
+
+def test_what_prompts_and_streams_cost_each_other_is_found() -> None:
+    cluster = Cluster(beside=(0.25, 0.5))
+    profiler = Profiler(cluster.send_at, builder(), max_tokens=512, repeats=2, sleep=at_once)
+    samples = asyncio.run(profiler.run())
+    assert {size for size, _ in samples.beside} == {128, 256}
+    made = fit_profile(samples)["interference"]
+    assert made["prefill"] == pytest.approx(0.25, abs=0.03)
+    assert made["decode"] == pytest.approx(0.5, abs=0.03)
+    twice = Samples()
+    twice.extend(samples)
+    twice.extend(samples)
+    assert fit_profile(twice)["interference"] == pytest.approx(made)
+
+
+def test_streams_that_end_before_the_prompt_tell_nothing() -> None:
+    assert measured(Cluster())["interference"] == {"prefill": 0.0, "decode": 0.0}
