@@ -11,6 +11,9 @@ one compute thread per worker:
     colocated   two workers that do both
     chunked     the same with a small budget for prompts in steps in which streams decode
 
+and `bare`: a process that prefills on one core and one that decodes on the other, with no cluster about them
+(bare_cores.py). What is lost there the machine takes, since both share its memory.
+
 Inter-token latency is what the client reads between two successive tokens of a stream, first gaps (the
 hand-off) included. A prompt's time is from sending it to its first token; beside it stands the time that the
 same prompt takes alone on the idle cluster, where one core computes it. Client, front end, router, proxy and
@@ -32,6 +35,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from bare_cores import BareCores, Streams, bare_cores
 from local_cluster import BUNDLED, LocalCluster, PromptSource, checkpoint, serving
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
@@ -47,6 +51,7 @@ P99_LIMIT, PROMPT_LIMIT, THROUGHPUT_LIMIT = 1.3, 1.25, 0.9
 REQUEST_TIMEOUT_S = 300.0
 WARM_UP_S = 3.0
 CHUNKED_TOKENS = 32
+BARE = "bare"
 
 
 @dataclass(frozen=True)
@@ -185,6 +190,31 @@ async def measure(
     return phases, {tokens: statistics.median(samples) for tokens, samples in alone.items()}
 
 
+def measure_bare(
+    cores: BareCores, arguments: argparse.Namespace, progress: Progress
+) -> tuple[list[Phase], dict[int, float]]:
+    """Return the same of two cores with no cluster about them; a gap is a step's time."""
+    chosen = [item for item in DISTURBANCES if arguments.disturbance in item.name]
+    phases = [Phase(UNDISTURBED), *(Phase(item) for item in chosen)]
+    alone: dict[int, list[float]] = {item.tokens: [] for item in chosen}
+    streams = Streams(STREAMS, STREAM_IN, STREAM_OUT)
+    bar = progress.add_task(BARE, total=arguments.rounds * len(phases), status="")
+    for round_index in range(arguments.rounds):
+        for tokens, samples in alone.items():
+            samples += [cores.lone_prompt(tokens) for _ in range(2)]
+        for phase in phases:
+            what = phase.disturbance
+            progress.update(bar, status=f"round {round_index + 1}: {what.name}")
+            decoded, prompts = cores.run(streams, arguments.seconds, what.tokens, what.period_s)
+            phase.gaps += decoded.steps
+            phase.stream_ttfts += decoded.prompts
+            phase.prompt_ttfts += prompts
+            phase.rates.append(STREAMS * len(decoded.steps) / sum(decoded.steps))
+            progress.advance(bar)
+    progress.update(bar, status="done")
+    return phases, {tokens: statistics.median(samples) for tokens, samples in alone.items()}
+
+
 def rows_of(
     placement: str, phases: list[Phase], alone: dict[int, float], rounds: int
 ) -> list[dict[str, Any]]:
@@ -289,7 +319,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--seconds", type=float, default=20.0, help="of one phase")
     parser.add_argument("--chunk", type=int, default=128, help="token budget of a step")
-    parser.add_argument("--only", default="", help="placements whose names contain this")
+    parser.add_argument("--only", nargs="+", default=[""], help="placements whose names contain one of these")
     parser.add_argument("--disturbance", default="", help="those whose names contain this")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--plot", type=Path, help="needs matplotlib")
@@ -309,12 +339,16 @@ def main() -> None:
         Progress(*columns, TimeElapsedColumn(), console=Console(stderr=True)) as progress,
     ):
         for name, settings in placements(arguments.chunk).items():
-            if arguments.only not in name:
+            if not any(part in name for part in arguments.only):
                 continue
             with serving(model, settings) as cluster:
                 phases, alone = asyncio.run(measure(cluster, arguments, progress, name))
             measured[name] = phases
             rows += rows_of(name, phases, alone, arguments.rounds)
+        if any(part in BARE for part in arguments.only):
+            with bare_cores(model, arguments.chunk) as cores:
+                measured[BARE], alone = measure_bare(cores, arguments, progress)
+            rows += rows_of(BARE, measured[BARE], alone, arguments.rounds)
     print_table(rows, machine, Console())
     if arguments.json is not None:
         arguments.json.write_text(json.dumps({"machine": machine, "rows": rows}, indent=2) + "\n")
