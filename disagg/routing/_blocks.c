@@ -8,7 +8,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-#define VERSION 2
+#define VERSION 3
 
 /* -- arguments ----------------------------------------------------------------------------------------- */
 

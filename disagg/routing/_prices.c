@@ -10,7 +10,7 @@
 #include <stddef.h>
 #include <structmember.h>
 
-#define VERSION 2
+#define VERSION 3
 
 static const double ASIDE_S = 5.0, MOST_ASIDE = 0.8, FULL = 0.9, DUE_PART = 1.0 / 3.0;
 
@@ -538,7 +538,39 @@ static PyObject *predict(PyObject *module, PyObject *args)
                          later + stall / gaps, d->idle_step_s + (stall - d->place_s) / gaps);
 }
 
+/* -- one worker's speed (fit.py) ------------------------------------------------------------------------ */
+
+static const double HUBER = 1.5, LEVEL_RATE = 0.15, LEVEL_RETURN = 0.998, MOST_LEVEL = 20.0;
+static const double LEAST_SPREAD = 0.01, MOST_SPREAD = 0.5, SPREAD_STEP = 1.05;
+
+/* followed */
+static PyObject *follow(PyObject *module, PyObject *const *args, Py_ssize_t count)
+{
+    double given[5], c[3];
+    if (count != 6)
+        return PyErr_Format(PyExc_TypeError, "six arguments are wanted");
+    if (coefficients(args[2], c) < 0)
+        return NULL;
+    for (int i = 0; i < 5; i++) {
+        given[i] = PyFloat_AsDouble(args[i < 2 ? i : i + 1]);
+        if (given[i] == -1.0 && PyErr_Occurred())
+            return NULL;
+    }
+    double level = given[0], spread = given[1], seconds = given[4];
+    double expected = (c[0] + c[1] * given[2] + c[2] * given[3]) * level;
+    if (expected > 0) {
+        double residual = (seconds - expected) / expected, most = HUBER * spread;
+        double moved = larger(-most, smaller(most, residual));
+        level = pow(level, LEVEL_RETURN) * (1 + LEVEL_RATE * moved);
+        level = smaller(MOST_LEVEL, larger(1 / MOST_LEVEL, level));
+        spread *= fabs(residual) > spread ? SPREAD_STEP : 1 / SPREAD_STEP;
+        spread = smaller(MOST_SPREAD, larger(LEAST_SPREAD, spread));
+    }
+    return Py_BuildValue("dd", level, spread);
+}
+
 static PyMethodDef functions[] = {
+    {"follow", (PyCFunction)(void (*)(void))follow, METH_FASTCALL, NULL},
     {"predict", predict, METH_VARARGS, NULL},
     {"price", price, METH_VARARGS, NULL},
     {"write_rows", write_rows, METH_VARARGS, NULL},

@@ -41,3 +41,12 @@ def predict(
     expected_tokens: float,
     /,
 ) -> tuple[float, float, float, float, float, float]: ...
+def follow(
+    level: float,
+    spread: float,
+    coefficients: tuple[float, float, float],
+    x1: float,
+    x2: float,
+    seconds: float,
+    /,
+) -> tuple[float, float]: ...

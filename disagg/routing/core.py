@@ -15,7 +15,7 @@ from disagg.routing.block_table import SHARDS, BlockTable, PythonBlockTable
 from disagg.routing.chains import ChainTree, PythonChainTree
 
 # Of the C sources; a build of other ones is not used.
-_VERSION = 2
+_VERSION = 3
 # Columns of ClusterView's table and classes of length, see disagg.routing.view and disagg.routing.costs.
 NUM_COLUMNS, NUM_TURNS = 13, 11
 
@@ -25,7 +25,7 @@ class Core:
     """Who does the router's hot work.
 
     name: "compiled" or "python". make_table, make_chains: a new table of blocks, a new tree of chains.
-    price, write_rows, best, predict: see `_prices.pyi`; None where Python does it.
+    price, write_rows, best, predict, follow: see `_prices.pyi`; None where Python does it.
     """
 
     name: str
@@ -35,6 +35,7 @@ class Core:
     write_rows: Callable[..., None] | None = None
     best: Callable[..., tuple[int, int, int, int]] | None = None
     predict: Callable[..., tuple[float, float, float, float, float, float]] | None = None
+    follow: Callable[..., tuple[float, float]] | None = None
 
 
 PYTHON = Core("python", PythonBlockTable, PythonChainTree)
@@ -51,8 +52,16 @@ def _compiled() -> Core | None:
         return None
     if _prices.NUM_ROWS != NUM_COLUMNS + NUM_TURNS:
         return None
-    tables = _blocks.BlockTable, _blocks.ChainTree
-    return Core("compiled", *tables, _prices.price, _prices.write_rows, _prices.best, _prices.predict)
+    return Core(
+        "compiled",
+        _blocks.BlockTable,
+        _blocks.ChainTree,
+        price=_prices.price,
+        write_rows=_prices.write_rows,
+        best=_prices.best,
+        predict=_prices.predict,
+        follow=_prices.follow,
+    )
 
 
 COMPILED = _compiled()

@@ -173,6 +173,21 @@ def moved_spread(spread: float, residual: float) -> float:
     return min(_MOST_SPREAD, max(_LEAST_SPREAD, spread * step))
 
 
+def followed(
+    level: float, spread: float, coefficients: Coefficients, x1: float, x2: float, seconds: float, /
+) -> tuple[float, float]:
+    """Return a level and what is usual of its residuals, after a sample of a fit with these coefficients.
+
+    `_prices.c` does the same.
+    """
+    c0, c1, c2 = coefficients
+    expected = (c0 + c1 * x1 + c2 * x2) * level
+    if expected <= 0:
+        return level, spread
+    residual = (seconds - expected) / expected
+    return moved_level(level, residual, spread), moved_spread(spread, residual)
+
+
 def _weight_of(residual: float, fit: Fit) -> float:
     """Return Huber's weight of a sample, and take its residual into the spread."""
     size, most = abs(residual), HUBER * fit.spread

@@ -12,10 +12,11 @@ no clock, no I/O.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
-from disagg.routing.fit import Coefficients, Fit, moved_level, moved_spread
+from disagg.routing.core import CORE, Core
+from disagg.routing.fit import Coefficients, Fit, followed
 from disagg.routing.types import StepSample, TransferSample
 from disagg.types import WorkerInfo
 
@@ -57,12 +58,12 @@ class KindFits:
 
 
 class Level:
-    """One worker's speed at one thing, relative to its kind's fit."""
+    """One worker's speed at one thing, relative to its kind's fit. follow: `followed`, or its twin in C."""
 
-    __slots__ = ("_fit", "_spread", "value")
+    __slots__ = ("_fit", "_follow", "_spread", "value")
 
-    def __init__(self, fit: Fit) -> None:
-        self._fit = fit
+    def __init__(self, fit: Fit, follow: Callable[..., tuple[float, float]] = followed) -> None:
+        self._fit, self._follow = fit, follow
         self.value = 1.0
         self._spread = _USUAL_SPREAD
 
@@ -80,11 +81,7 @@ class Level:
         """Take in a sample of x1 and x2, see Fit."""
         level, fit = self.value, self._fit
         if fit.fitted:
-            expected = fit.predict(x1, x2) * level
-            if expected > 0:
-                residual = (seconds - expected) / expected
-                self.value = moved_level(level, residual, self._spread)
-                self._spread = moved_spread(self._spread, residual)
+            self.value, self._spread = self._follow(level, self._spread, fit.coefficients, x1, x2, seconds)
         if tell_kind:
             fit.add(x1, x2, seconds / level)
 
@@ -94,9 +91,10 @@ class Predictor:
 
     __slots__ = ("_kind", "decode", "prefill", "pull")
 
-    def __init__(self, kind: KindFits) -> None:
-        self._kind = kind
-        self.prefill, self.decode, self.pull = Level(kind.prefill), Level(kind.decode), Level(kind.pull)
+    def __init__(self, kind: KindFits, core: Core = CORE) -> None:
+        self._kind, follow = kind, core.follow or followed
+        self.prefill, self.decode = Level(kind.prefill, follow), Level(kind.decode, follow)
+        self.pull = Level(kind.pull, follow)
 
     @property
     def fitted(self) -> bool:
@@ -132,7 +130,8 @@ class Predictor:
 class Predictors:
     """All workers' predictors by slot, and their kinds'."""
 
-    def __init__(self) -> None:
+    def __init__(self, core: Core = CORE) -> None:
+        self._core = core
         self._kinds: dict[Kind, KindFits] = {}
         self._workers: dict[int, Predictor] = {}
         self._turn = 0.0
@@ -141,7 +140,8 @@ class Predictors:
         """Return a worker's predictor. A change of role keeps it: the machine is the same."""
         known = self._workers.get(slot)
         if known is None:
-            known = self._workers[slot] = Predictor(self._kinds.setdefault(kind_of(info), KindFits()))
+            kind = self._kinds.setdefault(kind_of(info), KindFits())
+            known = self._workers[slot] = Predictor(kind, self._core)
         return known
 
     def learn(

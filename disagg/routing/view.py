@@ -102,7 +102,7 @@ class ClusterView:
         self._num_placed = 0
         self.expected_tokens = float(EXPECTED_NEW_TOKENS)
         self.expected_prompt = float(EXPECTED_PROMPT_TOKENS)
-        self.predictors = Predictors()
+        self.predictors = Predictors(core)
         self.calibration = Calibration()
         self._pools: Pools | None = None
         self._allocate(_INITIAL_SLOTS)
@@ -144,7 +144,9 @@ class ClusterView:
 
     def _grow(self) -> None:
         old = {name: value for name, value in vars(self).items() if isinstance(value, np.ndarray)}
-        self._allocate(2 * len(self._ready))
+        # Large ones by a quarter, never to a multiple of a page: rows so far apart share a cache's set.
+        size = len(self._ready)
+        self._allocate(2 * size if size < 256 else (size * 5 // 32 + 1 | 1) * 8)
         for name, values in old.items():
             getattr(self, name)[..., : values.shape[-1]] = values
         self._rows, self._scratch_rows = list(self._table), list(self._scratch)
@@ -216,9 +218,11 @@ class ClusterView:
 
     @staticmethod
     def _set_prices(costs: WorkerCosts, predictor: Predictor) -> None:
-        costs.prefill, costs.decode = predictor.prefill.coefficients, predictor.decode.coefficients
-        costs.pull, costs.fitted = predictor.pull.coefficients, predictor.fitted
-        costs.prefill_fitted, costs.decode_fitted = predictor.prefill.fitted, predictor.decode.fitted
+        prefill, decode = predictor.prefill, predictor.decode
+        costs.prefill, costs.decode = prefill.coefficients, decode.coefficients
+        costs.pull = predictor.pull.coefficients
+        costs.prefill_fitted, costs.decode_fitted = in_prefill, in_decode = prefill.fitted, decode.fitted
+        costs.fitted = in_prefill and in_decode
 
     def costs(self, slot: int) -> WorkerCosts:
         """Return the present prices of one worker; read only."""

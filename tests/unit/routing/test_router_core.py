@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from disagg.config import RouterConfig
 from disagg.routing.core import COMPILED, CORE, PYTHON, Core
+from disagg.routing.fit import Coefficients, followed
 from disagg.routing.router import Router
 from disagg.routing.types import BlockEvents, StepSample
 from disagg.types import Role, WorkerLoad, WorkerStatus
@@ -112,7 +113,29 @@ def test_compiled_and_python_decide_the_same(policy: str, seed: int, workers: in
 
 
 @needs_core
+@given(
+    *(st.floats(least, most) for least, most in ((0.05, 20), (0.01, 0.5))),
+    st.tuples(*[st.floats(0, 1)] * 3),
+    *[st.floats(0, 1e6)] * 2,
+    st.floats(-1, 1e9) | st.just(float("inf")),
+)
+def test_a_level_follows_the_same_way_in_both(
+    level: float, spread: float, coefficients: Coefficients, x1: float, x2: float, seconds: float
+) -> None:
+    assert CORE.follow is not None
+    arguments = level, spread, coefficients, x1, x2, seconds
+    assert CORE.follow(*arguments) == followed(*arguments)
+
+
+@needs_core
 def test_the_compiled_core_refuses_what_does_not_fit() -> None:
+    assert CORE.follow is not None
+    with pytest.raises(TypeError):
+        CORE.follow(1.0, 0.1, (1.0, 2.0, 3.0), 1.0, 2.0)
+    with pytest.raises(TypeError):
+        CORE.follow(1.0, 0.1, (1.0, 2.0), 1.0, 2.0, 3.0)
+    with pytest.raises(TypeError):
+        CORE.follow(1.0, 0.1, (1.0, 2.0, 3.0), 1.0, 2.0, "late")
     assert CORE.best is not None and CORE.write_rows is not None and CORE.price is not None
     table, chains = CORE.make_table(), CORE.make_chains()
     slots = np.zeros(4, dtype=np.int64)
