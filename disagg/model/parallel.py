@@ -40,6 +40,7 @@ class RankGroup:
     def __init__(self, shard: Shard, store: Store, *, device: torch.device, timeout_s: float) -> None:
         self.shard = shard
         self._device = device
+        self._closed = False
         timeout = timedelta(seconds=timeout_s)
         store.set_timeout(timeout)
         self._group = (_nccl if device.type == "cuda" else _gloo)(shard, store, timeout)
@@ -69,8 +70,10 @@ class RankGroup:
         return int(values.item())
 
     def close(self) -> None:
-        """Leave; whoever still waits for this rank fails."""
-        self._group.abort()
+        """Leave; whoever still waits for this rank fails. Again does nothing."""
+        if not self._closed:
+            self._closed = True
+            self._group.abort()
 
 
 def _gloo(shard: Shard, store: Store, timeout: timedelta) -> Any:
