@@ -247,14 +247,15 @@ class Admission:
     def _waiting(self, request: PlacementRequest, offer: _Offer, now: float) -> Waiting:
         prediction = offer.prediction
         due_s = self._slo_ttft_s(request, prediction)
-        if due_s == math.inf:
+        asked = due_s < math.inf
+        if not asked:
             due_s = DUE_S + DUE_FACTOR * prediction.service_s
-        if request.timeout_s is not None:
-            due_s = min(due_s, request.timeout_s)
+        if request.timeout_s is not None and request.timeout_s < due_s:
+            due_s, asked = request.timeout_s, True
         deadline = None if request.timeout_s is None else now + request.timeout_s
         self._number += 1
         start_by = now + due_s - prediction.service_s
-        return Waiting(start_by, self._number, request, offer.work_s, now, deadline)
+        return Waiting(start_by, self._number, request, offer.work_s, now, deadline, asked=asked)
 
     @staticmethod
     def _slo_ttft_s(request: PlacementRequest, prediction: Prediction) -> float:

@@ -21,8 +21,9 @@ class Waiting:
     """A request in the queue; ordered by when it must be under way, then by arrival.
 
     start_by: when it must be with a worker to meet its objective. work_s: seconds of the cluster that it
-    takes. arrived, deadline: on the same clock, deadline None for none. promised_s: time to the first token
-    with which it was admitted.
+    takes. asked: whether start_by follows from what the client asked for, rather than from our own guess of
+    what it expects. arrived, deadline: on the same clock, deadline None for none. promised_s: time to the
+    first token with which it was admitted.
     """
 
     start_by: float
@@ -32,6 +33,7 @@ class Waiting:
     arrived: float = field(compare=False)
     deadline: float | None = field(compare=False, default=None)
     promised_s: float | None = field(compare=False, default=None)
+    asked: bool = field(compare=False, default=True)
 
 
 class _Flow:
@@ -185,14 +187,16 @@ class FairQueue:
         return ahead + own
 
     def delays(self, item: Waiting, now: float) -> bool:
-        """Whether somebody of the same tenant and class, due later, would start too late because of it."""
+        """Whether somebody of the same tenant and class, due later, would start later than asked for because
+        of it. Who asked for nothing waits as the order of the queue has it.
+        """
         group = self._classes.get(item.request.priority)
         flow = None if group is None else group.flows.get(item.request.tenant)
         if flow is None:
             return False
         before = self.ahead_s(item)
         for other in flow.items[bisect_right(flow.items, item) :]:
-            if now + before <= other.start_by < now + before + item.work_s:
+            if other.asked and now + before <= other.start_by < now + before + item.work_s:
                 return True
             before += other.work_s
         return False

@@ -149,6 +149,15 @@ def test_without_objectives_only_a_long_wait_is_refused() -> None:
     assert flood(gate, num_tokens=100, service_tier="flex") < taken / 2
 
 
+def test_what_nobody_asked_for_is_no_reason_to_refuse() -> None:
+    """A burst of unlike prompts that takes minutes, where waiting so long is allowed."""
+    gate = admission(backlog_s=0.5, max_wait_s=600.0)
+    sizes = random.Random(3)
+    for number in range(400):
+        gate.ask(request(f"r{number}", sizes.choice((16, 100, 900)), timeout_s=600.0), 0.01 * number)
+    assert not gate.refused
+
+
 def test_the_queue_is_bounded() -> None:
     gate = admission(max_queue=20, max_wait_s=1e6)
     flood(gate, num_tokens=100)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
@@ -151,3 +152,9 @@ def test_it_sees_who_would_start_too_late() -> None:
     assert queue.delays(waiting(2, start_by=0.1, work_s=0.3), now=0.0)
     assert not queue.delays(waiting(2, start_by=9.0, work_s=0.3), now=0.0), "it would come last"
     assert not queue.delays(waiting(2, "b", start_by=0.1, work_s=0.3), now=0.0), "another's share is its own"
+
+
+def test_who_asked_for_nothing_keeps_nobody_out() -> None:
+    queue = FairQueue(10)
+    queue.push(replace(waiting(1, start_by=1.5, work_s=1.0), asked=False))
+    assert not queue.delays(waiting(2, start_by=0.1, work_s=3.0), now=0.0)
