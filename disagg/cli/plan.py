@@ -48,7 +48,7 @@ class Objective(StrEnum):
 def plan(
     cluster: Annotated[
         Path | None,
-        typer.Argument(help="Cluster file for cost, links, engine and router; its pools are not looked at."),
+        typer.Argument(help="Cluster file for cost, links, engine, router; not its pools and faults."),
     ] = None,
     model: Annotated[
         str | None, typer.Option(help="Preset, in place of the file's.", rich_help_panel=What)
@@ -223,11 +223,15 @@ def _refuse_bad_numbers(demand: float | None, tolerance: float, limits: Limits) 
 def load_base(
     path: Path | None, model: str | None, ttft_ms: float | None, tpot_ms: float | None
 ) -> tuple[dict[str, Any], tuple[float | None, float | None]]:
-    """Return a cluster's mapping without pools, and its objectives in seconds. Raises ConfigError."""
+    """Return a cluster's mapping without pools and faults, and its objectives in seconds. Raises ConfigError.
+
+    Faults name workers of the pools that are left out.
+    """
     from disagg.sim.spec import load_mapping
 
     data = load_mapping(path) if path is not None else {}
-    data.pop("pools", None)
+    for key in ("pools", "faults"):
+        data.pop(key, None)
     if model is not None:
         data["model"] = model
     if "model" not in data:

@@ -124,6 +124,8 @@ class Space:
                 spec.blocks_of(Role.MIXED.value)
                 spec.cost_of(pool)
             except ConfigError as error:
+                if not (error.param or "pools").startswith(("pools", "cost")):
+                    raise  # Of the rest of the file, so it is no shape's fault.
                 self.left_out[shape] = error.message
             else:
                 self.shapes.append(shape)

@@ -22,6 +22,7 @@ CLUSTER: dict[str, Any] = {
     "objectives": {"ttft_ms": 1000, "tpot_ms": 50},
     # Of a cluster file as simulate takes it: not looked at.
     "pools": {"mixed": {"role": "mixed", "replicas": 1, "hardware": "gpu"}},
+    "faults": [{"kind": "worker_loss", "worker": "mixed-7", "at_s": 1, "for_s": 1}],
 }
 FAST = [*("--num-requests", "40"), *("--min-seconds", "0"), *("--tolerance", "0.2"), *("--tp", "1")]
 LENGTHS = [*("--input-len", "200"), *("--output-len", "20")]
@@ -73,6 +74,14 @@ def test_what_makes_no_sense_is_refused(cluster: str, flags: list[str], named: s
     result = CliRunner().invoke(app, ["plan", cluster, *flags])
     assert result.exit_code == 2
     assert named in result.output
+
+
+def test_a_bad_key_of_the_file_is_named_and_not_the_gpus(tmp_path: Path) -> None:
+    path = tmp_path / "bad.yaml"
+    path.write_text(yaml.safe_dump({**CLUSTER, "linkz": {}}))
+    result = CliRunner().invoke(app, ["plan", str(path), "--gpus", "gpu:2"])
+    assert result.exit_code == 2
+    assert result.output.startswith("error: linkz: ")
 
 
 def test_a_model_and_objectives_must_be_known() -> None:
