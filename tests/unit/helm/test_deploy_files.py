@@ -43,10 +43,9 @@ def test_the_serve_config_is_taken() -> None:
 
 def test_yaml_blocks_of_the_page_on_ray_are_taken() -> None:
     blocks = re.findall(r"```yaml\n(.*?)```", (DEPLOY / "existing-ray.md").read_text(), re.DOTALL)
-    assert blocks
-    for block in blocks:
-        config = parse_config(yaml.safe_load(block)["args"])
-        assert config.network.host == "auto"
+    nodes, encrypted = (parse_config(yaml.safe_load(block)["args"]) for block in blocks)
+    assert nodes.network.host == "auto"
+    assert encrypted.tls is not None
 
 
 # -- image -----------------------------------------------------------------------------------------
