@@ -8,7 +8,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-#define VERSION 3
+#define VERSION 4
 
 /* -- arguments ----------------------------------------------------------------------------------------- */
 

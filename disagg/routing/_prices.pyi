@@ -1,5 +1,13 @@
+from collections.abc import Sequence
+
 from disagg.routing.fields import AccountFields as AccountFields
+from disagg.routing.fields import Charge as Charge
 from disagg.routing.fields import CostFields as CostFields
+from disagg.routing.fit import Fit as Fit
+from disagg.routing.predictors import Level as Level
+from disagg.routing.predictors import Predictor as Predictor
+from disagg.routing.types import PlacementRequest, Prediction
+from disagg.types import WorkerLoad
 
 VERSION: int
 NUM_ROWS: int
@@ -50,3 +58,20 @@ def follow(
     seconds: float,
     /,
 ) -> tuple[float, float]: ...
+def open_charge(
+    accounts: Sequence[AccountFields],
+    request: PlacementRequest,
+    prefill: int,
+    decode: int,
+    prefill_depth: int,
+    decode_depth: int,
+    number: int,
+    now: float,
+    expected_tokens: float,
+    prediction: Prediction | None,
+    /,
+) -> Charge: ...
+def move_charge(accounts: Sequence[AccountFields], charge: Charge, /) -> None: ...
+def close_charge(accounts: Sequence[AccountFields], charge: Charge, /) -> None: ...
+def observe(account: AccountFields, load: WorkerLoad, upto: int, /) -> None: ...
+def set_prices(costs: CostFields, predictor: Predictor, /) -> None: ...

@@ -7,6 +7,7 @@ is fitted as requests come back; with nothing learned yet, predictions stand as 
 
 from __future__ import annotations
 
+from disagg.routing.core import CORE, Core
 from disagg.routing.fit import Fit
 from disagg.routing.types import Prediction
 
@@ -17,16 +18,15 @@ _MOST = 4.0
 _EAGER = 64
 
 
-def _line() -> Fit:
-    return Fit((0.1, 1.0), coefficients=(0.0, 1.0, 0.0), forgetting=_FORGETTING, follows=False)
-
-
 class Calibration:
     """Lines through predicted and actual TTFT and TPOT; TPOT apart for who was handed over."""
 
-    def __init__(self) -> None:
-        self._ttft = _line()
-        self._tpot = {False: _line(), True: _line()}
+    def __init__(self, core: Core = CORE) -> None:
+        make = core.make_fit or Fit
+        self._ttft, apart, local = (
+            make((0.1, 1.0), coefficients=(0.0, 1.0, 0.0), forgetting=_FORGETTING) for _ in range(3)
+        )
+        self._tpot = {False: apart, True: local}
 
     def apply(self, raw: Prediction, *, local: bool) -> Prediction:
         """Return what a prediction comes to; `raw` is kept in it, since only that teaches anything."""

@@ -8,57 +8,25 @@ splits a worker's load into three parts that don't overlap:
     absorbed   charges older than the last report; for prefill, scaled by the progress that it showed
     fresh      charges younger than the last report: they count in full
 
-All sums are whole numbers, so that when the last charge ends its part is exactly 0.
+All sums are whole numbers, so that when the last charge ends its part is exactly 0. `_accounts.c` does the
+same in C.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
 from math import exp, inf
 
-from disagg.routing.core import NUM_TURNS, AccountFields
-from disagg.routing.costs import WorkerCosts
-from disagg.routing.types import Prediction
+from disagg.routing.core import NUM_TURNS, AccountFields, Charge
+from disagg.routing.costs import WorkerCosts, turn_of
+from disagg.routing.types import PlacementRequest, Prediction
 from disagg.types import WorkerLoad
+
+__all__ = ["ASIDE_S", "NOWHERE", "Account", "Charge", "close_charge", "move_charge", "observe", "open_charge"]
 
 NOWHERE = -1
 # Over so many seconds, exponentially, a decode worker's streams are asked how much time prompts took of them.
 ASIDE_S = 5.0
-
-
-@dataclass(slots=True)
-class Charge:
-    """One placed request. A slot is NOWHERE once its worker is gone (or prefill is done).
-
-    number: counts placements up. tokens: to prefill net of cached ones. prefill_blocks, decode_blocks: KV
-    blocks that it is expected to take on either side. hashes: its short block hashes. turn: its class in the
-    order in which a worker takes prompts, see disagg.routing.costs. prediction: made when it was placed.
-    tenant, work_s: whose share it counts against, and by how much. tpot_s: its objective, None for none.
-    prefill_s: predicted until its first token.
-    """
-
-    request_id: str
-    frontend_id: str
-    number: int
-    placed_at: float
-    prefill_slot: int
-    decode_slot: int
-    tokens: int
-    prefill_blocks: int
-    decode_blocks: int
-    hashes: tuple[int, ...] = ()
-    turn: int = 0
-    prefilled: bool = False
-    prefilled_at: float | None = None
-    prediction: Prediction | None = None
-    tenant: str = ""
-    work_s: float = 0.0
-    tpot_s: float | None = None
-    prefill_s: float = 0.0
-
-    @property
-    def local(self) -> bool:
-        return self.prefill_slot == self.decode_slot
 
 
 class Account(AccountFields):
@@ -136,6 +104,7 @@ class Account(AccountFields):
         arrived = requests >= self.present
         self.progress = min(1.0, load.waiting_tokens / owed) if owed and arrived else 1.0
         self.absorbed, self.fresh, self.absorbed_upto = owed, 0, upto
+        self.costs.links = load.num_held
 
     # -- charges -------------------------------------------------------------------------------------
 
@@ -205,9 +174,11 @@ class Account(AccountFields):
         return self.aside_s * exp(min(0.0, self.aside_at - now) / ASIDE_S) / ASIDE_S if self.aside_s else 0.0
 
     def _queue(self, turn: int, tokens: int) -> None:
+        # The compiled core's fields give a list of their own each time.
         shorter = self.shorter
         for later in range(turn, NUM_TURNS):
             shorter[later] += tokens
+        self.shorter = shorter
 
     def _add_blocks(self, count: int, *, here: bool) -> None:
         self.blocks += count
@@ -220,3 +191,66 @@ class Account(AccountFields):
             *(self.absorbed, self.fresh, self.seqs, self.present, self.blocks, self.blocks_here),
             *(self.coming, len(self.requests), len(self.objectives), *self.shorter),
         )
+
+
+def open_charge(
+    accounts: Sequence[Account],
+    request: PlacementRequest,
+    prefill: int,
+    decode: int,
+    prefill_depth: int,
+    decode_depth: int,
+    number: int,
+    now: float,
+    expected_tokens: float,
+    prediction: Prediction | None,
+    /,
+) -> Charge:
+    """Count a request on the workers in two slots, and return what is counted.
+
+    prefill_depth, decode_depth: leading blocks that each has cached. number: of the placement.
+    expected_tokens: of an answer.
+    """
+    on_prefill, on_decode = accounts[prefill], accounts[decode]
+    num_tokens = request.num_tokens
+    answer = int(min(request.max_new_tokens, expected_tokens))
+    charge = Charge()
+    charge.request_id, charge.frontend_id = request.request_id, request.frontend_id
+    charge.hashes, charge.tpot_s = request.block_hashes, request.slo_tpot_s
+    charge.number, charge.placed_at = number, now
+    charge.prefill_slot, charge.decode_slot = prefill, decode
+    charge.tokens = tokens = max(1, num_tokens - prefill_depth * on_prefill.block_size)
+    charge.prefill_blocks = -(-num_tokens // on_prefill.block_size) - prefill_depth
+    charge.decode_blocks = max(0, -(-(num_tokens + answer) // on_decode.block_size) - decode_depth)
+    charge.turn = turn_of(tokens, request.priority)
+    charge.prediction, charge.prefilled, charge.prefilled_at = prediction, False, None
+    charge.prefill_s = 0.0 if prediction is None else prediction.ttft
+    on_prefill.add_prefill(charge)
+    on_decode.add_decode(charge)
+    if prefill == decode:
+        _, token_s, attended_s = on_prefill.costs.prefill
+        attended = tokens * (num_tokens - tokens / 2)
+        on_prefill.note_aside(tokens * token_s + attended * attended_s, now)
+    return charge
+
+
+def move_charge(accounts: Sequence[Account], charge: Charge, /) -> None:
+    """Prefill is done: move a request's load from its prefill to its decode worker."""
+    if charge.prefill_slot != NOWHERE:
+        accounts[charge.prefill_slot].end_prefill(charge)
+    charge.prefilled = True
+    if charge.decode_slot != NOWHERE:
+        accounts[charge.decode_slot].arrive_decode(charge)
+
+
+def close_charge(accounts: Sequence[Account], charge: Charge, /) -> None:
+    """Take back whatever is still counted of a request."""
+    if charge.prefill_slot != NOWHERE and not charge.prefilled:
+        accounts[charge.prefill_slot].end_prefill(charge)
+    if charge.decode_slot != NOWHERE:
+        accounts[charge.decode_slot].end_decode(charge)
+
+
+def observe(account: Account, load: WorkerLoad, upto: int, /) -> None:
+    """Take over a worker's report that came after placement number `upto`."""
+    account.observe(load, upto)

@@ -1,6 +1,6 @@
 """The compiled core of the router, where it is there, and what stands in for it where it is not.
 
-`_blocks.c` and `_prices.c` are built when the package is installed where there is a C compiler. Without them,
+The C sources are built when the package is installed where there is a C compiler. Without them,
 or with DISAGG_ROUTER_CORE=python in the environment, Python does the same: slower, with the same results.
 """
 
@@ -15,7 +15,7 @@ from disagg.routing.block_table import SHARDS, BlockTable, PythonBlockTable
 from disagg.routing.chains import ChainTree, PythonChainTree
 
 # Of the C sources; a build of other ones is not used.
-_VERSION = 3
+_VERSION = 4
 # Columns of ClusterView's table and classes of length, see disagg.routing.view and disagg.routing.costs.
 NUM_COLUMNS, NUM_TURNS = 13, 11
 
@@ -25,7 +25,7 @@ class Core:
     """Who does the router's hot work.
 
     name: "compiled" or "python". make_table, make_chains: a new table of blocks, a new tree of chains.
-    price, write_rows, best, predict, follow: see `_prices.pyi`; None where Python does it.
+    All others: see `_prices.pyi`; None where Python does it.
     """
 
     name: str
@@ -36,6 +36,13 @@ class Core:
     best: Callable[..., tuple[int, int, int, int]] | None = None
     predict: Callable[..., tuple[float, float, float, float, float, float]] | None = None
     follow: Callable[..., tuple[float, float]] | None = None
+    make_fit: type[Fit] | None = None
+    make_predictor: type[Predictor] | None = None
+    open_charge: Callable[..., Charge] | None = None
+    move_charge: Callable[..., None] | None = None
+    close_charge: Callable[..., None] | None = None
+    observe: Callable[..., None] | None = None
+    set_prices: Callable[..., None] | None = None
 
 
 PYTHON = Core("python", PythonBlockTable, PythonChainTree)
@@ -61,6 +68,13 @@ def _compiled() -> Core | None:
         best=_prices.best,
         predict=_prices.predict,
         follow=_prices.follow,
+        make_fit=_prices.Fit,
+        make_predictor=_prices.Predictor,
+        open_charge=_prices.open_charge,
+        move_charge=_prices.move_charge,
+        close_charge=_prices.close_charge,
+        observe=_prices.observe,
+        set_prices=_prices.set_prices,
     )
 
 
@@ -68,8 +82,12 @@ COMPILED = _compiled()
 CORE = COMPILED or PYTHON
 
 if TYPE_CHECKING or COMPILED is None:
-    from disagg.routing.fields import AccountFields, CostFields
+    from disagg.routing.fields import AccountFields, Charge, CostFields
 else:
-    from disagg.routing._prices import AccountFields, CostFields
+    from disagg.routing._prices import AccountFields, Charge, CostFields
 
-__all__ = ["COMPILED", "CORE", "PYTHON", "AccountFields", "Core", "CostFields"]
+if TYPE_CHECKING:
+    from disagg.routing.fit import Fit
+    from disagg.routing.predictors import Predictor
+
+__all__ = ["COMPILED", "CORE", "PYTHON", "AccountFields", "Charge", "Core", "CostFields"]

@@ -1,4 +1,4 @@
-"""The numbers of WorkerCosts and Account, as plain attributes.
+"""The numbers of WorkerCosts, Account and Charge, as plain attributes.
 
 Where the compiled core is there, disagg.routing.core has the same attributes in C structures, which it reads
 without going through Python. What they mean is said where they are used: in costs.py and charges.py.
@@ -7,6 +7,7 @@ without going through Python. What they mean is said where they are used: in cos
 from __future__ import annotations
 
 from disagg.routing.fit import Coefficients
+from disagg.routing.types import Prediction
 
 
 class CostFields:
@@ -115,3 +116,55 @@ class AccountFields:
     coming_s: float
     aside_s: float
     aside_at: float
+
+
+class Charge:
+    """One placed request. A slot is -1 once its worker is gone (or prefill is done).
+
+    number: counts placements up. tokens: to prefill net of cached ones. prefill_blocks, decode_blocks: KV
+    blocks that it is expected to take on either side. hashes: its short block hashes. turn: its class in the
+    order in which a worker takes prompts, see disagg.routing.costs. prediction: made when it was placed.
+    tpot_s: its objective, None for none. prefill_s: predicted until its first token. prefilled_at: when that
+    came out, None until then.
+    """
+
+    __slots__ = (
+        "decode_blocks",
+        "decode_slot",
+        "frontend_id",
+        "hashes",
+        "number",
+        "placed_at",
+        "prediction",
+        "prefill_blocks",
+        "prefill_s",
+        "prefill_slot",
+        "prefilled",
+        "prefilled_at",
+        "request_id",
+        "tokens",
+        "tpot_s",
+        "turn",
+    )
+
+    request_id: str
+    frontend_id: str
+    hashes: tuple[int, ...]
+    prediction: Prediction | None
+    prefilled_at: float | None
+    tpot_s: float | None
+    number: int
+    prefill_slot: int
+    decode_slot: int
+    tokens: int
+    prefill_blocks: int
+    decode_blocks: int
+    turn: int
+    placed_at: float
+    prefill_s: float
+    prefilled: bool
+
+    @property
+    def local(self) -> bool:
+        """Whether one worker does both."""
+        return self.prefill_slot == self.decode_slot

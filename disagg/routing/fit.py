@@ -6,8 +6,9 @@ Soederstroem 1983), three features, the first of them constant:
   - errors count relative to what is predicted, so that a step of 2 ms weighs as much as one of 2 s;
   - a residual beyond 1.5 times the usual one counts with Huber's weight (1964): a step that was descheduled
     for a second moves nothing;
-  - a level, one factor on all of it, follows a machine that becomes slower or faster within some tens of
-    steps; the coefficients beneath it move slowly, so that dull traffic does not bend them;
+  - a level, one factor on all of it that its owner keeps (`followed`), goes with a machine that becomes
+    slower or faster within some tens of steps; the coefficients beneath it move slowly, so that dull traffic
+    does not bend them;
   - coefficients are never negative: a fit that extrapolates must not promise that more work takes less time;
   - directions that recent samples say nothing of stay where they were.
 """
@@ -24,8 +25,6 @@ HUBER = 1.5
 # How far the level follows one residual, and how it returns to 1 as the coefficients catch up.
 LEVEL_RATE, LEVEL_RETURN = 0.15, 0.998
 _MOST_LEVEL = 20.0
-# A new worker starts from its kind's fit, worth so many samples of its own.
-PRIOR_SAMPLES = 6.0
 # How strongly a solution holds on to the one before it, as a share of what the samples say.
 _HOLD = 1e-3
 _LEAST_SPREAD, _MOST_SPREAD, _SPREAD_STEP = 0.01, 0.5, 1.05
@@ -39,22 +38,18 @@ _SUBSETS = tuple(set_ for size in (3, 2, 1) for set_ in combinations(range(3), s
 
 
 class Fit:
-    """seconds = level * (c0 + c1 * x1 + c2 * x2). unit: typical x1 and x2, for conditioning alone.
+    """seconds = c0 + c1 * x1 + c2 * x2. unit: typical x1 and x2, for conditioning alone.
 
-    coefficients: of the last solution, the level in them. num_samples: counted up. spread: usual relative
-    residual. follows: whether there is a level, or somebody else keeps one.
+    coefficients: of the last solution, given ones before. num_samples: counted up. spread: usual relative
+    residual. `_fits.c` does the same in C.
     """
 
     __slots__ = (
-        "_follows",
         "_forgetting",
         "_info",
-        "_level",
-        "_shape",
         "_unit",
         "_unsolved",
         "_vector",
-        "_weight",
         "coefficients",
         "num_samples",
         "spread",
@@ -65,34 +60,21 @@ class Fit:
         unit: tuple[float, float],
         *,
         coefficients: Coefficients = (0.0, 0.0, 0.0),
-        prior: Fit | None = None,
         forgetting: float = FORGETTING,
-        follows: bool = True,
     ) -> None:
         self._unit = unit
-        self._follows = follows
         self._forgetting = forgetting
         # Upper triangle of the information matrix in scaled features, and its right-hand side.
         self._info = [0.0] * 6
         self._vector = [0.0] * 3
-        self._weight = 0.0
         self._unsolved = 0
-        self._level = 1.0
-        self._shape = self.coefficients = coefficients
+        self.coefficients = coefficients
         self.num_samples = 0
         self.spread = 0.1
-        if prior is not None and prior._weight > 0:
-            share = min(1.0, PRIOR_SAMPLES / prior._weight)
-            self._info = [value * share for value in prior._info]
-            self._vector = [value * share for value in prior._vector]
-            self._weight = prior._weight * share
-            self._shape, self._level = prior._shape, prior._level
-            self.coefficients, self.spread = prior.coefficients, prior.spread
-            self.num_samples = prior.num_samples
 
     @property
     def fitted(self) -> bool:
-        """Whether there were enough samples, of this worker or of its kind, to go by."""
+        """Whether there were enough samples to go by."""
         return self.num_samples >= _WARM
 
     def predict(self, x1: float, x2: float) -> float:
@@ -111,18 +93,15 @@ class Fit:
             scale = max(self.predict(x1, x2), _TINY_S)
             residual = (seconds - scale) / scale
             weight = _weight_of(residual, self)
-            if self._follows:
-                self._follow(residual)
         self.num_samples += 1
         self._unsolved += 1
         # Written out: every request's end and every step of a worker passes here.
         keep, info, vector = self._forgetting, self._info, self._vector
         x1 /= scale * self._unit[0]
         x2 /= scale * self._unit[1]
-        target = seconds / (scale * self._level)
+        target = seconds / scale
         constant = 1 / scale
         weighted = weight * constant, weight * x1, weight * x2
-        self._weight = keep * self._weight + weight
         info[0] = keep * info[0] + weighted[0] * constant
         info[1] = keep * info[1] + weighted[0] * x1
         info[2] = keep * info[2] + weighted[0] * x2
@@ -132,12 +111,6 @@ class Fit:
         vector[0] = keep * vector[0] + weighted[0] * target
         vector[1] = keep * vector[1] + weighted[1] * target
         vector[2] = keep * vector[2] + weighted[2] * target
-
-    def _follow(self, residual: float) -> None:
-        moved = moved_level(self._level, residual, self.spread)
-        change = moved / self._level
-        c0, c1, c2 = self.coefficients
-        self._level, self.coefficients = moved, (c0 * change, c1 * change, c2 * change)
 
     def solve(self) -> Coefficients:
         """Return the coefficients that fit the samples so far best, and keep them."""
@@ -153,10 +126,9 @@ class Fit:
         hold = _HOLD * info[0]
         for i in range(3):
             matrix[i][i] += hold
-            vector[i] += hold * self._shape[i] * unit[i]
+            vector[i] += hold * self.coefficients[i] * unit[i]
         scaled = _non_negative(matrix, vector)
-        c0, c1, c2 = self._shape = (scaled[0], scaled[1] / unit[1], scaled[2] / unit[2])
-        self.coefficients = (c0 * self._level, c1 * self._level, c2 * self._level)
+        self.coefficients = (scaled[0], scaled[1] / unit[1], scaled[2] / unit[2])
         return self.coefficients
 
 
@@ -178,7 +150,7 @@ def followed(
 ) -> tuple[float, float]:
     """Return a level and what is usual of its residuals, after a sample of a fit with these coefficients.
 
-    `_prices.c` does the same.
+    `_fits.c` does the same.
     """
     c0, c1, c2 = coefficients
     expected = (c0 + c1 * x1 + c2 * x2) * level
@@ -200,9 +172,11 @@ def _non_negative(matrix: Sequence[Sequence[float]], vector: Sequence[float]) ->
     best, lowest = (0.0, 0.0, 0.0), 0.0
     for chosen in _SUBSETS:
         solution = _solve(matrix, vector, chosen)
-        if min(solution) < 0:
+        if solution is None or min(solution) < 0:
             continue
-        value = -sum(vector[i] * solution[i] for i in chosen)
+        value = 0.0
+        for i in chosen:
+            value -= vector[i] * solution[i]
         if value < lowest:
             best, lowest = solution, value
         if len(chosen) == 3:
@@ -210,17 +184,26 @@ def _non_negative(matrix: Sequence[Sequence[float]], vector: Sequence[float]) ->
     return best
 
 
-def _solve(matrix: Sequence[Sequence[float]], vector: Sequence[float], chosen: Sequence[int]) -> Coefficients:
-    """Solve the rows and columns in `chosen` by elimination; they are positive definite."""
+def _solve(
+    matrix: Sequence[Sequence[float]], vector: Sequence[float], chosen: Sequence[int]
+) -> Coefficients | None:
+    """Solve the rows and columns in `chosen` by elimination; they are positive definite.
+
+    None where they are so far apart in size that rounding leaves nothing of one of them.
+    """
     rows = [[*(matrix[i][j] for j in chosen), vector[i]] for i in chosen]
     size = len(chosen)
     for pivot in range(size):
         head = rows[pivot]
+        if head[pivot] == 0:
+            return None
         for other in range(size):
             if other != pivot:
                 factor = rows[other][pivot] / head[pivot]
                 rows[other] = [b - factor * a for a, b in zip(head, rows[other], strict=True)]
     solution = [0.0, 0.0, 0.0]
     for at, i in enumerate(chosen):
+        if rows[at][at] == 0:
+            return None
         solution[i] = rows[at][size] / rows[at][at]
     return solution[0], solution[1], solution[2]

@@ -12,8 +12,7 @@ no clock, no I/O.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 
 from disagg.routing.core import CORE, Core
 from disagg.routing.fit import Coefficients, Fit, followed
@@ -39,17 +38,16 @@ def kind_of(info: WorkerInfo) -> Kind:
     return info.model_fingerprint, info.role.value, info.kv_blocks_total
 
 
-def _fit(unit: tuple[float, float], coefficients: Coefficients) -> Fit:
-    return Fit(unit, coefficients=coefficients, forgetting=_KIND_FORGETTING, follows=False)
-
-
-@dataclass(slots=True)
 class KindFits:
-    """What workers of one kind take, apart from their levels."""
+    """What workers of one kind take, apart from their levels. make: `Fit`, or its twin in C."""
 
-    prefill: Fit = field(default_factory=lambda: _fit((256.0, 1e5), DEFAULT_PREFILL))
-    decode: Fit = field(default_factory=lambda: _fit((8.0, 1e4), DEFAULT_DECODE))
-    pull: Fit = field(default_factory=lambda: _fit((1024.0, 1024.0), DEFAULT_PULL))
+    __slots__ = ("decode", "prefill", "pull")
+
+    def __init__(self, make: type[Fit] = Fit) -> None:
+        forgetting = _KIND_FORGETTING
+        self.prefill = make((256.0, 1e5), coefficients=DEFAULT_PREFILL, forgetting=forgetting)
+        self.decode = make((8.0, 1e4), coefficients=DEFAULT_DECODE, forgetting=forgetting)
+        self.pull = make((1024.0, 1024.0), coefficients=DEFAULT_PULL, forgetting=forgetting)
 
     def solve(self) -> None:
         self.prefill.solve()
@@ -58,12 +56,12 @@ class KindFits:
 
 
 class Level:
-    """One worker's speed at one thing, relative to its kind's fit. follow: `followed`, or its twin in C."""
+    """One worker's speed at one thing, relative to its kind's fit."""
 
-    __slots__ = ("_fit", "_follow", "_spread", "value")
+    __slots__ = ("_fit", "_spread", "value")
 
-    def __init__(self, fit: Fit, follow: Callable[..., tuple[float, float]] = followed) -> None:
-        self._fit, self._follow = fit, follow
+    def __init__(self, fit: Fit) -> None:
+        self._fit = fit
         self.value = 1.0
         self._spread = _USUAL_SPREAD
 
@@ -81,29 +79,31 @@ class Level:
         """Take in a sample of x1 and x2, see Fit."""
         level, fit = self.value, self._fit
         if fit.fitted:
-            self.value, self._spread = self._follow(level, self._spread, fit.coefficients, x1, x2, seconds)
+            self.value, self._spread = followed(level, self._spread, fit.coefficients, x1, x2, seconds)
         if tell_kind:
             fit.add(x1, x2, seconds / level)
 
 
 class Predictor:
-    """One worker's step and pull times. fitted: whether prefill and decode are more than a guess."""
+    """One worker's step and pull times. fitted: whether prefill and decode are more than a guess.
+
+    `_fits.c` does the same in C, with kinds whose fits are there.
+    """
 
     __slots__ = ("_kind", "decode", "prefill", "pull")
 
-    def __init__(self, kind: KindFits, core: Core = CORE) -> None:
-        self._kind, follow = kind, core.follow or followed
-        self.prefill, self.decode = Level(kind.prefill, follow), Level(kind.decode, follow)
-        self.pull = Level(kind.pull, follow)
+    def __init__(self, kind: KindFits, /) -> None:
+        self._kind = kind
+        self.prefill, self.decode, self.pull = Level(kind.prefill), Level(kind.decode), Level(kind.pull)
 
     @property
     def fitted(self) -> bool:
         return self._kind.prefill.fitted and self._kind.decode.fitted
 
     def learn(
-        self, steps: Iterable[StepSample], transfers: Iterable[TransferSample], *, tell_kind: bool = True
+        self, steps: Sequence[StepSample], transfers: Sequence[TransferSample], tell_kind: bool, /
     ) -> None:
-        """Take samples in."""
+        """Take samples in. tell_kind: whether its kind learns from them as well."""
         for step in steps:
             self._learn_step(step, tell_kind)
         for item in transfers:
@@ -131,7 +131,7 @@ class Predictors:
     """All workers' predictors by slot, and their kinds'."""
 
     def __init__(self, core: Core = CORE) -> None:
-        self._core = core
+        self._make_fit, self._make_predictor = core.make_fit or Fit, core.make_predictor or Predictor
         self._kinds: dict[Kind, KindFits] = {}
         self._workers: dict[int, Predictor] = {}
         self._turn = 0.0
@@ -140,12 +140,12 @@ class Predictors:
         """Return a worker's predictor. A change of role keeps it: the machine is the same."""
         known = self._workers.get(slot)
         if known is None:
-            kind = self._kinds.setdefault(kind_of(info), KindFits())
-            known = self._workers[slot] = Predictor(kind, self._core)
+            kind = self._kinds.setdefault(kind_of(info), KindFits(self._make_fit))
+            known = self._workers[slot] = self._make_predictor(kind)
         return known
 
     def learn(
-        self, slot: int, info: WorkerInfo, steps: Iterable[StepSample], transfers: Iterable[TransferSample]
+        self, slot: int, info: WorkerInfo, steps: Sequence[StepSample], transfers: Sequence[TransferSample]
     ) -> Predictor:
         """Take a worker's samples in; return its predictor."""
         predictor = self.of(slot, info)
@@ -153,7 +153,7 @@ class Predictors:
         tell_kind = self._turn >= 1 or not predictor.fitted
         if self._turn >= 1:
             self._turn -= 1
-        predictor.learn(steps, transfers, tell_kind=tell_kind)
+        predictor.learn(steps, transfers, tell_kind)
         return predictor
 
     def forget(self, slot: int) -> None:

@@ -13,10 +13,11 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from disagg.routing import charges
 from disagg.routing.calibration import Calibration
 from disagg.routing.charges import NOWHERE, Account, Charge
 from disagg.routing.core import CORE, NUM_COLUMNS, NUM_TURNS, Core
-from disagg.routing.costs import WorkerCosts, turn_of
+from disagg.routing.costs import WorkerCosts
 from disagg.routing.predictors import Predictor, Predictors
 from disagg.routing.types import PlacementRequest, Prediction, WorkerReport
 from disagg.types import Role, WorkerInfo, WorkerState, WorkerStatus
@@ -65,6 +66,15 @@ class Pools:
     not_decode: Floats
 
 
+def set_prices(costs: WorkerCosts, predictor: Predictor, /) -> None:
+    """Take over what a worker's predictor has learned."""
+    prefill, decode = predictor.prefill, predictor.decode
+    costs.prefill, costs.decode = prefill.coefficients, decode.coefficients
+    costs.pull = predictor.pull.coefficients
+    costs.prefill_fitted, costs.decode_fitted = in_prefill, in_decode = prefill.fitted, decode.fitted
+    costs.fitted = in_prefill and in_decode
+
+
 def max_tokens(info: WorkerInfo) -> int:
     """Return the longest request that a worker takes: one more token must fit, and its KV in the cache."""
     return min(info.max_model_len - 1, info.kv_blocks_total * info.block_size)
@@ -86,6 +96,11 @@ class ClusterView:
 
     def __init__(self, *, max_charges: int = 100_000, core: Core = CORE) -> None:
         self.core = core
+        self._open_charge = core.open_charge or charges.open_charge
+        self._move_charge = core.move_charge or charges.move_charge
+        self._close_charge = core.close_charge or charges.close_charge
+        self._observe = core.observe or charges.observe
+        self._set_prices = core.set_prices or set_prices
         self.version = 0
         self.now = 0.0
         # Slots whose prices are out of date.
@@ -103,7 +118,7 @@ class ClusterView:
         self.expected_tokens = float(EXPECTED_NEW_TOKENS)
         self.expected_prompt = float(EXPECTED_PROMPT_TOKENS)
         self.predictors = Predictors(core)
-        self.calibration = Calibration()
+        self.calibration = Calibration(core)
         self._pools: Pools | None = None
         self._allocate(_INITIAL_SLOTS)
         self._rows, self._scratch_rows = list(self._table), list(self._scratch)
@@ -178,9 +193,7 @@ class ClusterView:
         self._last_seen[info.worker_id] = now
         self.workers[info.worker_id] = WorkerState(info, report.status, report.load)
         account = self._accounts[slot]
-        account.max_seqs = info.max_num_seqs
-        account.observe(report.load, self._num_placed)
-        account.costs.links = report.load.num_held
+        self._observe(account, report.load, self._num_placed)
         # The simulator's reports carry the same info each time, so ask for identity before field by field.
         same = previous is not None and (previous.info is info or previous.info == info)
         if previous is None or previous.status is not report.status or not same:
@@ -209,20 +222,13 @@ class ClusterView:
         self.block_size[slot] = self._accounts[slot].block_size = info.block_size
         self._accounts[slot].kv_total = info.kv_blocks_total
         self.max_tokens[slot] = max_tokens(info)
+        self._accounts[slot].max_seqs = info.max_num_seqs
         costs = self._accounts[slot].costs
         costs.budget, costs.max_seqs = info.max_num_batched_tokens, info.max_num_seqs
         costs.beside_streams = info.max_prefill_tokens or info.max_num_batched_tokens
         self._set_prices(costs, self.predictors.of(slot, info))
         self._role[slot] = _ROLE_CODE[info.role]
         self._ready[slot] = report.status is WorkerStatus.READY
-
-    @staticmethod
-    def _set_prices(costs: WorkerCosts, predictor: Predictor) -> None:
-        prefill, decode = predictor.prefill, predictor.decode
-        costs.prefill, costs.decode = prefill.coefficients, decode.coefficients
-        costs.pull = predictor.pull.coefficients
-        costs.prefill_fitted, costs.decode_fitted = in_prefill, in_decode = prefill.fitted, decode.fitted
-        costs.fitted = in_prefill and in_decode
 
     def costs(self, slot: int) -> WorkerCosts:
         """Return the present prices of one worker; read only."""
@@ -331,36 +337,24 @@ class ClusterView:
         if len(self._charges) >= self._max_charges:
             ended.append(self._end(next(iter(self._charges.values()))))
         self._num_placed += 1
-        sizes = self._accounts[prefill].block_size, self._accounts[decode].block_size
-        tokens = max(1, request.num_tokens - depths[0] * sizes[0])
-        self.expected_prompt += _ANSWER_WEIGHT * (tokens - self.expected_prompt)
-        answer = min(request.max_new_tokens, self.expected_tokens)
-        charge = Charge(
-            request_id=request.request_id,
-            frontend_id=request.frontend_id,
-            number=self._num_placed,
-            placed_at=now,
-            prefill_slot=prefill,
-            decode_slot=decode,
-            tokens=tokens,
-            prefill_blocks=-(-request.num_tokens // sizes[0]) - depths[0],
-            decode_blocks=max(0, -(-(request.num_tokens + int(answer)) // sizes[1]) - depths[1]),
-            hashes=request.block_hashes,
-            turn=turn_of(tokens, request.priority),
-            tenant=request.tenant,
-            tpot_s=request.slo_tpot_s,
-            prefill_s=0.0 if prediction is None else prediction.ttft,
-            prediction=prediction,
-        )
         self.now = now
+        charge = self._open_charge(
+            self._accounts,
+            request,
+            prefill,
+            decode,
+            *depths,
+            self._num_placed,
+            now,
+            self.expected_tokens,
+            prediction,
+        )
+        self.expected_prompt += _ANSWER_WEIGHT * (charge.tokens - self.expected_prompt)
         self._charges[request.request_id] = charge
-        self._by_frontend.setdefault(request.frontend_id, set()).add(request.request_id)
-        self._accounts[prefill].add_prefill(charge)
-        self._accounts[decode].add_decode(charge)
-        if prefill == decode:
-            _, token_s, attended_s = self._accounts[prefill].costs.prefill
-            attended = tokens * (request.num_tokens - tokens / 2)
-            self._accounts[prefill].note_aside(tokens * token_s + attended * attended_s, now)
+        own = self._by_frontend.get(request.frontend_id)
+        if own is None:
+            own = self._by_frontend[request.frontend_id] = set()
+        own.add(request.request_id)
         self._stale.add(prefill)
         self._stale.add(decode)
         return charge, ended
@@ -370,12 +364,10 @@ class ClusterView:
         charge = self._charges.get(request_id)
         if charge is None or charge.prefilled:
             return None
+        self._move_charge(self._accounts, charge)
         if charge.prefill_slot != NOWHERE:
-            self._accounts[charge.prefill_slot].end_prefill(charge)
             self._stale.add(charge.prefill_slot)
-        charge.prefilled = True
         if charge.decode_slot != NOWHERE:
-            self._accounts[charge.decode_slot].arrive_decode(charge)
             self._stale.add(charge.decode_slot)
         else:
             self._drop(charge)
@@ -401,11 +393,10 @@ class ClusterView:
         return ended
 
     def _end(self, charge: Charge) -> Charge:
+        self._close_charge(self._accounts, charge)
         if charge.prefill_slot != NOWHERE and not charge.prefilled:
-            self._accounts[charge.prefill_slot].end_prefill(charge)
             self._stale.add(charge.prefill_slot)
         if charge.decode_slot != NOWHERE:
-            self._accounts[charge.decode_slot].end_decode(charge)
             self._stale.add(charge.decode_slot)
         self._drop(charge)
         return charge

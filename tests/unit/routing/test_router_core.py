@@ -6,6 +6,7 @@ import os
 import random
 import subprocess
 import sys
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,10 +15,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from disagg.config import RouterConfig
+from disagg.routing.charges import Account
 from disagg.routing.core import COMPILED, CORE, PYTHON, Core
-from disagg.routing.fit import Coefficients, followed
+from disagg.routing.fit import Coefficients, Fit, followed
+from disagg.routing.predictors import KindFits, Predictor
 from disagg.routing.router import Router
-from disagg.routing.types import BlockEvents, StepSample
+from disagg.routing.types import BlockEvents, StepSample, TransferSample
 from disagg.types import Role, WorkerLoad, WorkerStatus
 from tests.unit.routing.routing_fakes import report, request
 
@@ -125,6 +128,85 @@ def test_a_level_follows_the_same_way_in_both(
     assert CORE.follow is not None
     arguments = level, spread, coefficients, x1, x2, seconds
     assert CORE.follow(*arguments) == followed(*arguments)
+
+
+SAMPLES = st.tuples(st.integers(0, 4096), st.integers(0, 10**7), st.floats(0, 1e3))
+
+
+@needs_core
+@settings(max_examples=100, deadline=None)
+@given(st.lists(SAMPLES, max_size=60), st.integers(1, 20))
+def test_a_fit_finds_the_same_in_both(samples: list[tuple[int, int, float]], every: int) -> None:
+    assert CORE.make_fit is not None
+    fits = [make((256.0, 1e5), coefficients=(0.1, 0.2, 0.0)) for make in (Fit, CORE.make_fit)]
+    for number, sample in enumerate(samples):
+        for fit in fits:
+            fit.add(*sample)
+            if number % every == 0:
+                fit.solve()
+        python, compiled = fits
+        assert compiled.coefficients == python.coefficients
+        assert compiled.predict(3, 70) == python.predict(3, 70)
+        found = compiled.num_samples, compiled.spread, compiled.fitted
+        assert found == (python.num_samples, python.spread, python.fitted)
+
+
+STEPS = st.builds(StepSample, st.floats(0, 9), *[st.integers(0, n) for n in (512, 10**6, 64, 10**5)])
+
+
+@needs_core
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.tuples(st.lists(STEPS, max_size=9), st.floats(0, 9), st.booleans()), max_size=9))
+def test_predictors_learn_the_same_in_both(reports: list[tuple[list[StepSample], float, bool]]) -> None:
+    assert CORE.make_fit is not None and CORE.make_predictor is not None
+    python, compiled = Predictor(KindFits(Fit)), CORE.make_predictor(KindFits(CORE.make_fit))
+    for steps, pull_s, tell_kind in reports:
+        for each in (python, compiled):
+            each.learn(steps, [TransferSample(pull_s, 100, len(steps))], tell_kind)
+        assert compiled.fitted is python.fitted
+        for name in ("prefill", "decode", "pull"):
+            mine, other = getattr(compiled, name), getattr(python, name)
+            assert (mine.coefficients, mine.fitted) == (other.coefficients, other.fitted)
+
+
+@needs_core
+def test_the_compiled_charges_and_fits_refuse_what_does_not_fit() -> None:
+    assert CORE.make_fit and CORE.make_predictor and CORE.set_prices and CORE.observe
+    assert CORE.open_charge and CORE.move_charge and CORE.close_charge
+    fit, account, accounts = CORE.make_fit((1.0, 1.0)), Account(), [Account()]
+    inside: list[Any] = [accounts, request("r"), 0, 0, 0, 0, 1, 0.0, 256.0, None]
+    charge = CORE.open_charge(*inside)
+    with pytest.raises(AttributeError):
+        CORE.make_predictor(object())  # type: ignore[arg-type]
+    for wrong in (
+        lambda: CORE.make_fit and CORE.make_fit((1.0, 1.0, 1.0)),  # type: ignore[arg-type]
+        lambda: CORE.make_predictor and CORE.make_predictor(SimpleNamespace(prefill=1)),  # type: ignore[arg-type]
+        lambda: fit.add(1, 2, "soon"),  # type: ignore[arg-type]
+        lambda: fit.predict(1),  # type: ignore[call-arg]
+        lambda: CORE.set_prices and CORE.set_prices(account.costs, fit),
+        lambda: CORE.observe and CORE.observe(account, (1, 2), 3),
+        lambda: CORE.move_charge and CORE.move_charge(accounts, None),
+        lambda: CORE.close_charge and CORE.close_charge(accounts, type(charge)()),
+        lambda: CORE.open_charge and CORE.open_charge(*inside[:9]),
+        lambda: CORE.open_charge and CORE.open_charge(*inside[:9], (None,)),
+        lambda: setattr(account, "shorter", [0]),
+        lambda: setattr(account.costs, "pull", (1.0, 2.0)),
+    ):
+        with pytest.raises(TypeError):
+            wrong()
+    for at, value in ((2, 1), (3, -1), (0, [None])):
+        with pytest.raises(IndexError):
+            CORE.open_charge(*inside[:at], value, *inside[at + 1 :])
+    with pytest.raises(AttributeError):
+        CORE.open_charge(accounts, object(), *inside[2:])
+    with pytest.raises(IndexError):
+        CORE.close_charge([], charge)
+    assert accounts[0].own()[:2] == (0, 160)
+    CORE.close_charge(accounts, charge)
+    assert not any(accounts[0].own())
+    charge.tpot_s = 0.5
+    with pytest.raises(KeyError):
+        CORE.close_charge(accounts, charge)
 
 
 @needs_core
