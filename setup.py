@@ -6,8 +6,11 @@ from setuptools import Extension, setup
 # no C compiler, the router does it all in Python, and numpy copies.
 FLAGS = ["-std=c11", "-O3", "-ffp-contract=off"]
 
-SOURCES = {"_blocks": ["_blocks.c", "_chains.c"], "_prices": ["_prices.c", "_accounts.c", "_fits.c"]}
-HEADERS = ["_accounts.h", "_chains.h", "_fits.h", "_map.h"]
+SOURCES = {
+    "_blocks": ["_blocks.c", "_chains.c"],
+    "_prices": ["_prices.c", "_board.c", "_accounts.c", "_fits.c"],
+}
+HEADERS = ["_accounts.h", "_board.h", "_chains.h", "_fits.h", "_map.h"]
 
 setup(
     ext_modules=[

@@ -364,11 +364,10 @@ static long long whole_of(PyObject *object, PyObject *name)
     return whole;
 }
 
-/* turn_of in costs.py */
-static long long turn_of(long long tokens, long long urgency)
+int turn_of(long long tokens, long long urgency)
 {
     static const long long longest[NUM_TURNS - 3] = {32, 64, 128, 256, 512, 1024, 2048, 8192};
-    long long turn = 1;
+    int turn = 1;
     if (urgency)
         return urgency < 0 ? 0 : NUM_TURNS - 1;
     while (turn < NUM_TURNS - 2 && longest[turn - 1] < tokens)

@@ -53,6 +53,9 @@ void batch_to_come(const Account *account, double life_s, double *sequences, dou
 /* Account.aside_share */
 double aside_share(const Account *account, double now);
 
+/* turn_of in costs.py */
+int turn_of(long long tokens, long long urgency);
+
 /* Functions for Python, see charges.py. */
 PyObject *open_charge(PyObject *module, PyObject *const *args, Py_ssize_t count);
 PyObject *move_charge(PyObject *module, PyObject *const *args, Py_ssize_t count);

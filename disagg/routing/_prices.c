@@ -1,36 +1,17 @@
-/* Prices of workers and the choice by them, compiled: the twin of ClusterView's rows (costs.py, view.py)
-   and of the policy `slo` (slo.py). disagg/routing/core.py says when this is used.
+/* Prices of workers and what is predicted by them, compiled: the twin of costs.py, estimates.py and calibration.py,
+   which tell what each function does. disagg/routing/core.py says when this is used.
 
    The same operations in the same order as there, so that the bits are the same; a test holds the two together.
-   To be compiled without contraction and without -ffast-math. No borrowed buffer or object outlives a call. */
+   To be compiled without contraction and without -ffast-math. */
 
-#include "_accounts.h"
+#include "_board.h"
 
 #include <math.h>
 #include <stddef.h>
 
 #define VERSION 4
 
-static const double MOST_ASIDE = 0.8, FULL = 0.9, DUE_PART = 1.0 / 3.0;
-
-/* The view's rows in their order; those of `shorter` follow. */
-enum {
-    QUEUED_TOKENS,
-    SEQUENCES,
-    EXCESS,
-    KV_BLOCKS,
-    BEGIN_S,
-    TOKEN_S,
-    ATTENDED_S,
-    STEP_S,
-    PLACE_S,
-    TOKEN_PULL_S,
-    BARE_STEP_S,
-    ASIDE,
-    TIGHTEST_S,
-    NUM_COLUMNS
-};
-#define NUM_ROWS (NUM_COLUMNS + NUM_TURNS)
+static const double MOST_ASIDE = 0.8, FULL = 0.9, MOST_FACTOR = 4.0;
 
 /* -- what a worker costs ------------------------------------------------------------------------------- */
 
@@ -72,8 +53,7 @@ static void refresh(Costs *c, double queued, double sequences, double context, d
         c->place_s += excess * expected_tokens * streams_s / most;
 }
 
-/* Return the Costs of an account, refreshed (ClusterView._priced); NULL with an exception set. */
-static Costs *priced(const Account *a, double expected_tokens, double now)
+Costs *priced(const Account *a, double expected_tokens, double now)
 {
     Costs *c = costs_of(a);
     if (c != NULL && a->kv_total < 1) {
@@ -97,202 +77,6 @@ static PyObject *price(PyObject *module, PyObject *args)
     if (!PyArg_ParseTuple(args, "O!dd", &AccountType, &account, &expected_tokens, &now))
         return NULL;
     return Py_XNewRef((PyObject *)priced((Account *)account, expected_tokens, now));
-}
-
-/* Write ClusterView._row_of into a column of the table. */
-static int write_row(const Account *a, double expected_tokens, double now, double *column, Py_ssize_t stride)
-{
-    const Costs *c = priced(a, expected_tokens, now);
-    double tightest = Py_HUGE_VAL;
-    if (c == NULL)
-        return -1;
-    if (a->objectives == NULL || !PyDict_Check(a->objectives) || c->chunk == 0) {
-        PyErr_SetString(PyExc_TypeError, "an account that is not whole");
-        return -1;
-    }
-    PyObject *key, *value;
-    Py_ssize_t position = 0;
-    while (PyDict_Next(a->objectives, &position, &key, &value))
-        tightest = smaller(tightest, PyFloat_AsDouble(key));
-    long long sequences = a->foreign_seqs + a->seqs, excess = sequences + 1 - a->max_seqs;
-    column[QUEUED_TOKENS * stride] = c->queued;
-    column[SEQUENCES * stride] = (double)sequences;
-    column[EXCESS * stride] = excess > 0 ? (double)excess : 0.0;
-    column[KV_BLOCKS * stride] = (double)(a->foreign_blocks + a->blocks);
-    column[BEGIN_S * stride] = c->begin_s + c->chunk_s;
-    column[TOKEN_S * stride] = c->token_s + c->chunk_s / (double)c->chunk;
-    column[ATTENDED_S * stride] = c->attended_s;
-    column[STEP_S * stride] = c->step_s;
-    column[PLACE_S * stride] = c->place_s;
-    column[TOKEN_PULL_S * stride] = c->pull[1] + c->pull[2] * (double)c->links;
-    column[BARE_STEP_S * stride] = c->bare_step_s;
-    column[ASIDE * stride] = c->aside;
-    column[TIGHTEST_S * stride] = tightest;
-    for (int turn = 0; turn < NUM_TURNS; turn++)
-        column[(NUM_COLUMNS + turn) * stride] = (double)a->shorter[turn];
-    return PyErr_Occurred() ? -1 : 0;
-}
-
-/* Take a contiguous buffer of `count` doubles. */
-static int take(PyObject *object, Py_buffer *view, int flags, Py_ssize_t count)
-{
-    if (PyObject_GetBuffer(object, view, PyBUF_ND | PyBUF_FORMAT | flags) < 0)
-        return -1;
-    if (view->itemsize == sizeof(double) && view->format != NULL && strcmp(view->format, "d") == 0 &&
-        view->len / (Py_ssize_t)sizeof(double) == count)
-        return 0;
-    PyBuffer_Release(view);
-    PyErr_SetString(PyExc_ValueError, "an array has the wrong type or size");
-    return -1;
-}
-
-static PyObject *write_rows(PyObject *module, PyObject *args)
-{
-    PyObject *accounts, *slots, *array, *slot;
-    double expected_tokens, now;
-    Py_ssize_t size;
-    Py_buffer table;
-    if (!PyArg_ParseTuple(args, "O!O!ddOn", &PyList_Type, &accounts, &PySet_Type, &slots, &expected_tokens, &now,
-                          &array, &size))
-        return NULL;
-    if (size < 1 || size > PY_SSIZE_T_MAX / (NUM_ROWS * (Py_ssize_t)sizeof(double)))
-        return PyErr_Format(PyExc_ValueError, "size is out of range");
-    PyObject *iterator = PyObject_GetIter(slots);
-    if (iterator == NULL)
-        return NULL;
-    if (take(array, &table, PyBUF_WRITABLE, NUM_ROWS * size) < 0) {
-        Py_DECREF(iterator);
-        return NULL;
-    }
-    while ((slot = PyIter_Next(iterator)) != NULL) {
-        Py_ssize_t at = PyLong_AsSsize_t(slot);
-        Py_DECREF(slot);
-        if (PyErr_Occurred())
-            break;
-        const Account *account = account_in(accounts, at < size ? at : -1);
-        if (account == NULL || write_row(account, expected_tokens, now, (double *)table.buf + at, size) < 0)
-            break;
-    }
-    Py_DECREF(iterator);
-    PyBuffer_Release(&table);
-    return PyErr_Occurred() ? NULL : Py_NewRef(Py_None);
-}
-
-/* -- one request in front of all workers --------------------------------------------------------------- */
-
-static double sum_at(const double *a, const double *b, const double *mask, Py_ssize_t i)
-{
-    return (b == NULL ? a[i] : a[i] + b[i]) + mask[i];
-}
-
-/* _lowest in slo.py, of a + b + mask, where b may be NULL. */
-static Py_ssize_t lowest(const double *a, const double *b, const double *mask, Py_ssize_t size, double random)
-{
-    Py_ssize_t start = (Py_ssize_t)(random * (double)size), at = start, before = 0;
-    double least = sum_at(a, b, mask, start), first = Py_HUGE_VAL;
-    for (Py_ssize_t i = start + 1; i < size; i++)
-        if (sum_at(a, b, mask, i) < least)
-            least = sum_at(a, b, mask, at = i);
-    for (Py_ssize_t i = 0; i < start; i++)
-        if (sum_at(a, b, mask, i) < first)
-            first = sum_at(a, b, mask, before = i);
-    return first < least ? before : at;
-}
-
-typedef struct {
-    double num_tokens, gaps;
-    int turn;
-} Prompt;
-
-/* _Offer in slo.py: `prices` holds first, work and decode_s, one row each; work has the uncached tokens so far. */
-static void offer(const Prompt *prompt, const double *table, Py_ssize_t size, double *prices)
-{
-    const double *begin_s = table + BEGIN_S * size, *token_s = table + TOKEN_S * size;
-    const double *attended_s = table + ATTENDED_S * size, *step_s = table + STEP_S * size;
-    const double *place_s = table + PLACE_S * size, *pull_s = table + TOKEN_PULL_S * size;
-    const double *queued = table + QUEUED_TOKENS * size, *shorter = table + (NUM_COLUMNS + prompt->turn) * size;
-    double *first = prices, *work = prices + size, *decode_s = prices + 2 * size;
-    double num_tokens = prompt->num_tokens, gaps = prompt->gaps;
-    for (Py_ssize_t i = 0; i < size; i++) {
-        double uncached = work[i], ahead = smaller(shorter[i], queued[i]);
-        double own = token_s[i] * uncached + attended_s[i] * (uncached * (num_tokens - uncached / 2));
-        ahead += smaller(queued[i] - ahead, (ahead + uncached) * DUE_PART);
-        decode_s[i] = step_s[i] * gaps + place_s[i] + pull_s[i] * uncached;
-        first[i] = ahead * token_s[i] + begin_s[i] + own;
-        work[i] = own;
-    }
-}
-
-/* Write how many tokens each worker has to compute. */
-static int uncached_tokens(double num_tokens, const Py_buffer *slots, const Py_buffer *blocks, const double *sizes,
-                           Py_ssize_t size, double *out)
-{
-    const long long *slot = slots->buf, *depth = blocks->buf;
-    for (Py_ssize_t i = 0; i < size; i++)
-        out[i] = num_tokens;
-    for (Py_ssize_t i = 0; i < slots->len / (Py_ssize_t)sizeof *slot; i++) {
-        if (slot[i] < 0 || slot[i] >= size) {
-            PyErr_Format(PyExc_IndexError, "slot %lld is out of range", slot[i]);
-            return -1;
-        }
-        out[slot[i]] = larger(1.0, num_tokens - (double)depth[i] * sizes[slot[i]]);
-    }
-    return 0;
-}
-
-/* Return how many blocks a slot has, 0 if it is not among the ascending slots. */
-static long long depth_of(const Py_buffer *slots, const Py_buffer *blocks, long long wanted)
-{
-    const long long *slot = slots->buf, *depth = blocks->buf;
-    Py_ssize_t low = 0, count = slots->len / (Py_ssize_t)sizeof *slot, high = count;
-    while (low < high) {
-        Py_ssize_t middle = (low + high) / 2;
-        if (slot[middle] < wanted)
-            low = middle + 1;
-        else
-            high = middle;
-    }
-    return low < count && slot[low] == wanted ? depth[low] : 0;
-}
-
-static PyObject *best(PyObject *module, PyObject *args)
-{
-    PyObject *arrays[5];
-    Py_buffer buffers[5], slots, blocks;
-    Prompt prompt;
-    double first_random, second_random;
-    Py_ssize_t size, prefill = 0, decode = 0;
-    PyObject *result = NULL;
-    int taken = 0;
-    if (!PyArg_ParseTuple(args, "nOOOOOy*y*diddd", &size, &arrays[0], &arrays[1], &arrays[2], &arrays[3], &arrays[4],
-                          &slots, &blocks, &prompt.num_tokens, &prompt.turn, &prompt.gaps, &first_random,
-                          &second_random))
-        return NULL;
-    if (size < 1 || size > PY_SSIZE_T_MAX / (NUM_ROWS * (Py_ssize_t)sizeof(double)) || prompt.turn < 0 ||
-        prompt.turn >= NUM_TURNS || !(first_random >= 0 && first_random < 1) ||
-        !(second_random >= 0 && second_random < 1) || slots.len != blocks.len) {
-        PyErr_SetString(PyExc_ValueError, "an argument is out of range");
-        goto done;
-    }
-    /* table, block sizes, 0 or inf for each pool, and where prices go */
-    const Py_ssize_t counts[5] = {NUM_ROWS * size, size, size, size, 3 * size};
-    for (; taken < 5; taken++)
-        if (take(arrays[taken], &buffers[taken], taken == 4 ? PyBUF_WRITABLE : 0, counts[taken]) < 0)
-            goto done;
-    double *prices = buffers[4].buf;
-    if (uncached_tokens(prompt.num_tokens, &slots, &blocks, buffers[1].buf, size, prices + size) < 0)
-        goto done;
-    offer(&prompt, buffers[0].buf, size, prices);
-    prefill = lowest(prices, prices + size, buffers[2].buf, size, first_random);
-    decode = lowest(prices + 2 * size, NULL, buffers[3].buf, size, second_random);
-    result = Py_BuildValue("nnLL", prefill, decode, depth_of(&slots, &blocks, prefill),
-                           depth_of(&slots, &blocks, decode));
-done:
-    while (taken--)
-        PyBuffer_Release(&buffers[taken]);
-    PyBuffer_Release(&slots);
-    PyBuffer_Release(&blocks);
-    return result;
 }
 
 /* -- what to expect of a placement (estimates.py) ------------------------------------------------------- */
@@ -323,33 +107,145 @@ static double ended_by(const Costs *c, double seconds, double expected_tokens)
     return c->sequence_s * c->sequences * share;
 }
 
-static PyObject *predict(PyObject *module, PyObject *args)
+double pull_seconds(const Costs *costs, double num_tokens, double num_others)
 {
-    Account *prefill, *decode;
-    double num_tokens, uncached, missing, gaps, expected_tokens;
-    int turn;
-    if (!PyArg_ParseTuple(args, "O!O!dddidd", &AccountType, &prefill, &AccountType, &decode, &num_tokens, &uncached,
-                          &missing, &turn, &gaps, &expected_tokens))
-        return NULL;
-    const Costs *p = costs_of(prefill), *d = costs_of(decode);
-    if (p == NULL || d == NULL)
-        return NULL;
-    if (turn < 0 || turn >= NUM_TURNS || p->chunk < 1 || p->budget < 1 || !(gaps >= 1))
-        return PyErr_Format(PyExc_ValueError, "an argument is out of range");
-    double attended = uncached * (num_tokens - uncached / 2);
-    double shorter = (double)prefill->shorter[turn];
-    double ttft = first_token_s(p, shorter, uncached, attended);
-    double service_s = chunks_of(uncached, (double)p->budget) * p->idle_chunk_s + uncached * p->token_s +
-                       attended * p->attended_s;
-    double stall = d->place_s;
-    if (prefill != decode && missing > 0) {
-        double others = (double)(p->links > d->links ? p->links : d->links);
-        stall += d->pull[0] + missing * (d->pull[1] + d->pull[2] * others);
-    }
-    double later = larger(d->idle_step_s, d->step_s - ended_by(d, ttft, expected_tokens));
-    return Py_BuildValue("dddddd", ttft, larger(0.0, ttft - service_s), stall, d->step_s + stall / gaps,
-                         later + stall / gaps, d->idle_step_s + (stall - d->place_s) / gaps);
+    const double *pull = costs->pull;
+    return num_tokens <= 0 ? 0.0 : pull[0] + num_tokens * (pull[1] + pull[2] * num_others);
 }
+
+/* A Prediction but for its flag and what it was before it was corrected. */
+typedef struct {
+    double ttft, wait_s, stall, tpot, later_tpot, idle_tpot;
+} Seconds;
+
+/* The arguments of predict(), and the two workers. */
+typedef struct {
+    const Account *accounts[2];
+    const Costs *costs[2];
+    long long depths[2], num_tokens, max_new_tokens, urgency;
+    double expected_tokens;
+} Asked;
+
+static Seconds expected(const Asked *asked)
+{
+    const Account *prefill = asked->accounts[0], *decode = asked->accounts[1];
+    const Costs *p = asked->costs[0], *d = asked->costs[1];
+    long long uncached = asked->num_tokens - asked->depths[0] * prefill->block_size;
+    double missing = (double)(asked->num_tokens - asked->depths[1] * decode->block_size);
+    double longest = (double)asked->max_new_tokens, num_tokens = (double)asked->num_tokens;
+    if (uncached < 1)
+        uncached = 1;
+    double wanted = (double)uncached, attended = wanted * (num_tokens - wanted / 2);
+    double gaps = larger(1.0, smaller(longest, asked->expected_tokens) - 1);
+    double shorter = (double)prefill->shorter[turn_of(uncached, asked->urgency)];
+    Seconds found = {first_token_s(p, shorter, wanted, attended), 0.0, d->place_s, 0.0, 0.0, 0.0};
+    double service_s = chunks_of(wanted, (double)p->budget) * p->idle_chunk_s + wanted * p->token_s +
+                       attended * p->attended_s;
+    if (prefill != decode)
+        found.stall += pull_seconds(d, missing, (double)(p->links > d->links ? p->links : d->links));
+    double later = larger(d->idle_step_s, d->step_s - ended_by(d, found.ttft, asked->expected_tokens));
+    found.wait_s = larger(0.0, found.ttft - service_s);
+    found.tpot = d->step_s + found.stall / gaps;
+    found.later_tpot = later + found.stall / gaps;
+    found.idle_tpot = d->idle_step_s + (found.stall - d->place_s) / gaps;
+    return found;
+}
+
+/* Return a Prediction, of a class that is a tuple of eight; steals `raw`. */
+static PyObject *prediction_of(PyTypeObject *class, const Seconds *seconds, int fitted, PyObject *raw)
+{
+    const double values[6] = {seconds->ttft, seconds->wait_s,     seconds->stall,
+                              seconds->tpot, seconds->later_tpot, seconds->idle_tpot};
+    PyObject *made = raw == NULL ? NULL : class->tp_alloc(class, 8);
+    if (made == NULL) {
+        Py_XDECREF(raw);
+        return NULL;
+    }
+    PyTuple_SET_ITEM(made, 6, PyBool_FromLong(fitted));
+    PyTuple_SET_ITEM(made, 7, raw);
+    for (int i = 0; i < 6; i++) {
+        PyObject *value = PyFloat_FromDouble(values[i]);
+        if (value == NULL) {
+            Py_DECREF(made);
+            return NULL;
+        }
+        PyTuple_SET_ITEM(made, i, value);
+    }
+    return made;
+}
+
+/* _coefficients in calibration.py */
+static void line_of(const Fit *fit, double out[2])
+{
+    out[0] = is_fitted(fit) ? fit->coefficients[0] : 0.0;
+    out[1] = is_fitted(fit) ? smaller(MOST_FACTOR, larger(1 / MOST_FACTOR, fit->coefficients[1])) : 1.0;
+}
+
+/* Calibration.apply with the lines of TTFT and TPOT */
+static PyObject *corrected(PyTypeObject *class, const Seconds *raw, int fitted, const Fit *on_ttft, const Fit *on_tpot)
+{
+    double ttft[2], tpot[2];
+    PyObject *uncorrected = prediction_of(class, raw, fitted, Py_NewRef(Py_None));
+    line_of(on_ttft, ttft);
+    line_of(on_tpot, tpot);
+    if (!fitted || (ttft[0] == 0.0 && ttft[1] == 1.0 && tpot[0] == 0.0 && tpot[1] == 1.0))
+        return uncorrected;
+    const Seconds better = {
+        ttft[0] + ttft[1] * raw->ttft, ttft[1] * raw->wait_s,
+        raw->stall,                    tpot[0] + tpot[1] * raw->tpot,
+        tpot[0] + tpot[1] * raw->later_tpot, tpot[0] + tpot[1] * raw->idle_tpot,
+    };
+    return prediction_of(class, &better, 1, uncorrected);
+}
+
+/* Return a worker's Costs, worked out anew where its slot is stale; NULL with an exception set. */
+static const Costs *present_costs(const Account *account, PyObject *slot, PyObject *stale, double expected_tokens,
+                                  double now)
+{
+    int is_stale = PySet_Contains(stale, slot);
+    if (is_stale < 0)
+        return NULL;
+    return is_stale ? priced(account, expected_tokens, now) : costs_of(account);
+}
+
+static PyObject *predict(PyObject *module, PyObject *const *args, Py_ssize_t count)
+{
+    if (count != 13)
+        return PyErr_Format(PyExc_TypeError, "thirteen arguments are wanted");
+    PyTypeObject *class = (PyTypeObject *)args[0];
+    PyObject *accounts = args[1], *stale = args[2], *lines = args[12];
+    if (!PyType_Check(class) || !PyType_IsSubtype(class, &PyTuple_Type) || !PySet_Check(stale) ||
+        !PyTuple_Check(lines) || PyTuple_GET_SIZE(lines) != 3)
+        return PyErr_Format(PyExc_TypeError, "a class, accounts, a set and three lines are wanted");
+    for (int i = 0; i < 3; i++)
+        if (!PyObject_TypeCheck(PyTuple_GET_ITEM(lines, i), &FitType))
+            return PyErr_Format(PyExc_TypeError, "a line is a Fit");
+    double times[2];
+    Asked asked;
+    for (int i = 0; i < 2; i++) {
+        long long slot = PyLong_AsLongLong(args[3 + i]);
+        asked.depths[i] = PyLong_AsLongLong(args[5 + i]);
+        if (PyErr_Occurred() || (asked.accounts[i] = account_in(accounts, slot)) == NULL)
+            return NULL;
+    }
+    asked.num_tokens = PyLong_AsLongLong(args[7]);
+    asked.max_new_tokens = PyLong_AsLongLong(args[8]);
+    asked.urgency = PyLong_AsLongLong(args[9]);
+    if (PyErr_Occurred() || floats_of(args + 10, 2, times) < 0)
+        return NULL;
+    asked.expected_tokens = times[0];
+    for (int i = 0; i < 2; i++)
+        if ((asked.costs[i] = present_costs(asked.accounts[i], args[3 + i], stale, times[0], times[1])) == NULL)
+            return NULL;
+    if (asked.costs[0]->chunk < 1 || asked.costs[0]->budget < 1)
+        return PyErr_Format(PyExc_ValueError, "a chunk has tokens");
+    Seconds raw = expected(&asked);
+    int local = asked.accounts[0] == asked.accounts[1];
+    return corrected(class, &raw, asked.costs[0]->prefill_fitted && asked.costs[1]->decode_fitted,
+                     (Fit *)PyTuple_GET_ITEM(lines, 0), (Fit *)PyTuple_GET_ITEM(lines, local ? 2 : 1));
+}
+
+/* -- learned prices, and the module -------------------------------------------------------------------- */
 
 static PyObject *set_prices(PyObject *module, PyObject *const *args, Py_ssize_t count)
 {
@@ -375,10 +271,8 @@ static PyMethodDef functions[] = {
     FAST(close_charge),
     FAST(observe),
     FAST(set_prices),
-    {"predict", predict, METH_VARARGS, NULL},
     {"price", price, METH_VARARGS, NULL},
-    {"write_rows", write_rows, METH_VARARGS, NULL},
-    {"best", best, METH_VARARGS, NULL},
+    FAST(predict),
     {NULL, NULL, 0, NULL},
 };
 
@@ -392,6 +286,7 @@ PyMODINIT_FUNC PyInit__prices(void)
     } types[] = {
         {"CostFields", &CostsType}, {"AccountFields", &AccountType}, {"Charge", &ChargeType},
         {"Fit", &FitType},          {"Level", &LevelType},           {"Predictor", &PredictorType},
+        {"Board", &BoardType},
     };
     PyObject *made = PyModule_Create(&module);
     for (size_t i = 0; made != NULL && i < sizeof types / sizeof *types; i++)

@@ -13,42 +13,22 @@ VERSION: int
 NUM_ROWS: int
 
 def price(account: AccountFields, expected_tokens: float, now: float, /) -> CostFields: ...
-def write_rows(
-    accounts: list[AccountFields],
-    slots: set[int],
+def predict(
+    make: type[Prediction],
+    accounts: Sequence[AccountFields],
+    stale: set[int],
+    prefill: int,
+    decode: int,
+    prefill_depth: int,
+    decode_depth: int,
+    num_tokens: int,
+    max_new_tokens: int,
+    priority: int,
     expected_tokens: float,
     now: float,
-    table: object,
-    size: int,
+    lines: tuple[Fit, Fit, Fit],
     /,
-) -> None: ...
-def best(
-    size: int,
-    table: object,
-    block_sizes: object,
-    not_prefill: object,
-    not_decode: object,
-    prices: object,
-    slots: object,
-    blocks: object,
-    num_tokens: float,
-    turn: int,
-    gaps: float,
-    first_random: float,
-    second_random: float,
-    /,
-) -> tuple[int, int, int, int]: ...
-def predict(
-    prefill: AccountFields,
-    decode: AccountFields,
-    num_tokens: float,
-    uncached: float,
-    missing: float,
-    turn: int,
-    gaps: float,
-    expected_tokens: float,
-    /,
-) -> tuple[float, float, float, float, float, float]: ...
+) -> Prediction: ...
 def follow(
     level: float,
     spread: float,
@@ -75,3 +55,27 @@ def move_charge(accounts: Sequence[AccountFields], charge: Charge, /) -> None: .
 def close_charge(accounts: Sequence[AccountFields], charge: Charge, /) -> None: ...
 def observe(account: AccountFields, load: WorkerLoad, upto: int, /) -> None: ...
 def set_prices(costs: CostFields, predictor: Predictor, /) -> None: ...
+
+class Board:
+    def __init__(
+        self, accounts: list[AccountFields], size: int, table: object, block_sizes: object, prices: object, /
+    ) -> None: ...
+    def write(self, stale: set[int], expected_tokens: float, now: float, /) -> None: ...
+    def best(
+        self,
+        stale: set[int],
+        expected_tokens: float,
+        now: float,
+        num_tokens: float,
+        gaps: float,
+        first_random: float,
+        second_random: float,
+        turn: int,
+        slo_ttft_s: float | None,
+        slo_tpot_s: float | None,
+        not_prefill: object,
+        not_decode: object,
+        slots: object,
+        blocks: object,
+        /,
+    ) -> tuple[int, int, int, int, int]: ...

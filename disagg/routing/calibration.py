@@ -19,19 +19,24 @@ _EAGER = 64
 
 
 class Calibration:
-    """Lines through predicted and actual TTFT and TPOT; TPOT apart for who was handed over."""
+    """Lines through predicted and actual TTFT and TPOT; TPOT apart for who was handed over.
+
+    lines: of TTFT, of TPOT of who was, and of TPOT of who was not; what `apply` goes by. `_prices.c` does the
+    same.
+    """
 
     def __init__(self, core: Core = CORE) -> None:
         make = core.make_fit or Fit
-        self._ttft, apart, local = (
-            make((0.1, 1.0), coefficients=(0.0, 1.0, 0.0), forgetting=_FORGETTING) for _ in range(3)
+        self._ttft, self._apart, self._local = self.lines = (
+            make((0.1, 1.0), coefficients=(0.0, 1.0, 0.0), forgetting=_FORGETTING),
+            make((0.1, 1.0), coefficients=(0.0, 1.0, 0.0), forgetting=_FORGETTING),
+            make((0.1, 1.0), coefficients=(0.0, 1.0, 0.0), forgetting=_FORGETTING),
         )
-        self._tpot = {False: apart, True: local}
 
     def apply(self, raw: Prediction, *, local: bool) -> Prediction:
         """Return what a prediction comes to; `raw` is kept in it, since only that teaches anything."""
         ttft_a, ttft_b = _coefficients(self._ttft)
-        tpot_a, tpot_b = _coefficients(self._tpot[local])
+        tpot_a, tpot_b = _coefficients(self._local if local else self._apart)
         if not raw.fitted or (ttft_a, ttft_b, tpot_a, tpot_b) == (0.0, 1.0, 0.0, 1.0):
             return raw
         return Prediction(
@@ -51,7 +56,7 @@ class Calibration:
 
     def ended(self, prediction: Prediction, tpot: float, *, local: bool) -> None:
         """Learn from the seconds between a request's tokens."""
-        _learn(self._tpot[local], (prediction.raw or prediction).tpot, tpot)
+        _learn(self._local if local else self._apart, (prediction.raw or prediction).tpot, tpot)
 
 
 def _learn(line: Fit, predicted: float, actual: float) -> None:

@@ -32,9 +32,8 @@ class Core:
     make_table: Callable[[], BlockTable]
     make_chains: Callable[[], ChainTree]
     price: Callable[..., Any] | None = None
-    write_rows: Callable[..., None] | None = None
-    best: Callable[..., tuple[int, int, int, int]] | None = None
-    predict: Callable[..., tuple[float, float, float, float, float, float]] | None = None
+    make_board: Callable[..., _prices.Board] | None = None
+    predict: Callable[..., Prediction] | None = None
     follow: Callable[..., tuple[float, float]] | None = None
     make_fit: type[Fit] | None = None
     make_predictor: type[Predictor] | None = None
@@ -64,8 +63,7 @@ def _compiled() -> Core | None:
         _blocks.BlockTable,
         _blocks.ChainTree,
         price=_prices.price,
-        write_rows=_prices.write_rows,
-        best=_prices.best,
+        make_board=_prices.Board,
         predict=_prices.predict,
         follow=_prices.follow,
         make_fit=_prices.Fit,
@@ -87,7 +85,9 @@ else:
     from disagg.routing._prices import AccountFields, Charge, CostFields
 
 if TYPE_CHECKING:
+    from disagg.routing import _prices
     from disagg.routing.fit import Fit
     from disagg.routing.predictors import Predictor
+    from disagg.routing.types import Prediction
 
 __all__ = ["COMPILED", "CORE", "PYTHON", "AccountFields", "Charge", "Core", "CostFields"]

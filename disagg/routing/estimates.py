@@ -12,8 +12,23 @@ def predict(
 ) -> Prediction:
     """Return what to expect of a request on the workers in these slots, charged on none of them yet.
 
-    depths: leading blocks that each has cached.
+    depths: leading blocks that each has cached. `_prices.c` does the same.
     """
+    if view.core.predict is not None:
+        return view.core.predict(
+            Prediction,
+            view.accounts,
+            view.stale,
+            prefill,
+            decode,
+            *depths,
+            request.num_tokens,
+            request.max_new_tokens,
+            request.priority,
+            view.expected_tokens,
+            view.now,
+            view.calibration.lines,
+        )
     on_prefill, on_decode = view.costs(prefill), view.costs(decode)
     num_tokens = request.num_tokens
     uncached = max(1, num_tokens - depths[0] * view.size_of_block(prefill))
@@ -21,10 +36,6 @@ def predict(
     turn = turn_of(uncached, request.priority)
     gaps = max(1.0, min(request.max_new_tokens, view.expected_tokens) - 1)
     fitted = on_prefill.prefill_fitted and on_decode.decode_fitted
-    if view.core.predict is not None:
-        accounts = view.account(prefill), view.account(decode)
-        found = view.core.predict(*accounts, num_tokens, uncached, missing, turn, gaps, view.expected_tokens)
-        return view.calibration.apply(Prediction(*found, fitted), local=prefill == decode)
     attended = uncached * (num_tokens - uncached / 2)
     shorter = view.queued_before(prefill, turn)
     ahead = ahead_of(uncached, shorter, on_prefill.queued)

@@ -14,6 +14,7 @@ the best pair is the best of each; what remains is whether one worker should do 
 from __future__ import annotations
 
 import random
+from enum import Enum
 
 import numpy as np
 import numpy.typing as npt
@@ -57,6 +58,18 @@ class Slo:
         return Choice(prefill, decode, False, (offer.depth(prefill), offer.depth(decode)))
 
 
+class _Verdict(Enum):
+    """What a request's best pair amounts to. PRESSED: it would miss an objective, so others are looked at."""
+
+    APART = 0
+    ALONE = 1
+    PRESSED = 2
+
+
+_VERDICTS = tuple(_Verdict)
+_NOTHING = (b"", b"")
+
+
 class _Offer:
     """One request in front of all workers.
 
@@ -68,12 +81,14 @@ class _Offer:
         self._request, self._view, self._held = request, view, held
         self.gaps = max(1.0, min(request.max_new_tokens, view.expected_tokens) - 1)
         self._depths: dict[int, int] = {}
+        # What the compiled core has found of the pair that is best.
+        self._verdict: _Verdict | None = None
         self.first: Floats
         self.work: Floats
         self.decode_s: Floats
 
     def _price(self) -> None:
-        """Work all prices out. `_prices.c` does the same."""
+        """Work all prices out. `_board.c` does the same."""
         request, view, held = self._request, self._view, self._held
         num_tokens = request.num_tokens
         token_s, queued = view.token_s, view.queued_tokens
@@ -104,29 +119,28 @@ class _Offer:
         """Work all prices out; return the best slot of each pool."""
         first_random, second_random = rng.random(), rng.random()
         view, request = self._view, self._request
-        if view.core.best is None:
+        if view.board is None:
             self._price()
             # The work counts twice: it takes this request's time, and as much from whoever comes next.
             prefill = _lowest(self.first + self.work + pools.not_prefill, first_random)
             return prefill, _lowest(self.decode_s + pools.not_decode, second_random)
         self.first, self.work, self.decode_s = view.scratch_rows
-        slots, blocks = (b"", b"") if self._held is None else self._held.buffers
-        prefill, decode, *depths = view.core.best(
-            view.num_slots,
-            view.table,
-            view.block_size,
-            pools.not_prefill,
-            pools.not_decode,
-            view.scratch,
-            slots,
-            blocks,
+        prefill, decode, on_prefill, on_decode, verdict = view.board.best(
+            view.stale,
+            view.expected_tokens,
+            view.now,
             request.num_tokens,
-            turn_of(request.num_tokens, request.priority),
             self.gaps,
             first_random,
             second_random,
+            turn_of(request.num_tokens, request.priority),
+            request.slo_ttft_s,
+            request.slo_tpot_s,
+            *pools.masks,
+            *(_NOTHING if self._held is None else self._held.buffers),
         )
-        self._depths = {prefill: depths[0], decode: depths[1]}
+        self._depths = {prefill: on_prefill, decode: on_decode}
+        self._verdict = _VERDICTS[verdict]
         return prefill, decode
 
     def depth(self, slot: int) -> int:
@@ -159,10 +173,11 @@ class _Offer:
 
     def _aside(self, prefill: int, decode: int, pools: Pools) -> int | None:
         """Return the decode worker that should prefill this prompt itself, if one should."""
+        verdict = self._verdict or self._judge(prefill, decode)
+        if verdict is not _Verdict.PRESSED:
+            return decode if verdict is _Verdict.ALONE else None
         first, late = float(self.first[prefill]), self._pressed_for_tpot(decode)
         wanted = self._request.slo_ttft_s
-        if not late and (wanted is None or first <= PRESSED * wanted):
-            return decode if self._cheaper(prefill, decode) else None
         slots = pools.decode
         soonest = np.where(self._room(slots), self.first.take(slots), np.inf)
         at = int(soonest.argmin())
@@ -171,6 +186,14 @@ class _Offer:
             return None
         slot = int(slots[at])
         return slot if self._view.costs(slot).fitted else None
+
+    def _judge(self, prefill: int, decode: int) -> _Verdict:
+        """Return whether the decode worker does better alone. `_board.c` does the same."""
+        wanted = self._request.slo_ttft_s
+        late = wanted is not None and float(self.first[prefill]) > PRESSED * wanted
+        if late or self._pressed_for_tpot(decode):
+            return _Verdict.PRESSED
+        return _Verdict.ALONE if self._cheaper(prefill, decode) else _Verdict.APART
 
     def _pressed_for_tpot(self, decode: int) -> bool:
         """Whether the hand-off alone might be too long for so few tokens."""

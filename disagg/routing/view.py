@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -21,6 +22,9 @@ from disagg.routing.costs import WorkerCosts
 from disagg.routing.predictors import Predictor, Predictors
 from disagg.routing.types import PlacementRequest, Prediction, WorkerReport
 from disagg.types import Role, WorkerInfo, WorkerState, WorkerStatus
+
+if TYPE_CHECKING:
+    from disagg.routing._prices import Board
 
 Slots = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
@@ -53,7 +57,7 @@ class Pools:
 
     ready: all of them. max_tokens: length of a request that surely fits on each of them.
     not_prefill, not_decode: arrays over all slots, 0 for who belongs to the pool and inf for others, so that
-    a policy need not gather its members.
+    a policy need not gather its members. masks: the same as buffers.
     """
 
     ready: Slots
@@ -64,6 +68,7 @@ class Pools:
     max_tokens: float
     not_prefill: Floats
     not_decode: Floats
+    masks: tuple[memoryview, memoryview]
 
 
 def set_prices(costs: WorkerCosts, predictor: Predictor, /) -> None:
@@ -101,6 +106,7 @@ class ClusterView:
         self._close_charge = core.close_charge or charges.close_charge
         self._observe = core.observe or charges.observe
         self._set_prices = core.set_prices or set_prices
+        self._board: Board | None = None
         self.version = 0
         self.now = 0.0
         # Slots whose prices are out of date.
@@ -121,7 +127,7 @@ class ClusterView:
         self.calibration = Calibration(core)
         self._pools: Pools | None = None
         self._allocate(_INITIAL_SLOTS)
-        self._rows, self._scratch_rows = list(self._table), list(self._scratch)
+        self._share()
 
     queued_tokens, sequences, excess, kv_blocks = (_Column(row) for row in range(4))
     begin_s, token_s, attended_s, step_s, place_s = (_Column(row) for row in range(4, 9))
@@ -164,7 +170,15 @@ class ClusterView:
         self._allocate(2 * size if size < 256 else (size * 5 // 32 + 1 | 1) * 8)
         for name, values in old.items():
             getattr(self, name)[..., : values.shape[-1]] = values
+        self._share()
+
+    def _share(self) -> None:
+        """Let others know where the arrays are now."""
         self._rows, self._scratch_rows = list(self._table), list(self._scratch)
+        if self.core.make_board is not None:
+            self._board = self.core.make_board(
+                self._accounts, self.num_slots, self._table, self.block_size, self._scratch
+            )
 
     # -- workers -------------------------------------------------------------------------------------
 
@@ -234,9 +248,20 @@ class ClusterView:
         """Return the present prices of one worker; read only."""
         return self._priced(slot) if slot in self._stale else self._accounts[slot].costs
 
-    def account(self, slot: int) -> Account:
-        """Return the load of one worker; read only."""
-        return self._accounts[slot]
+    @property
+    def board(self) -> Board | None:
+        """The arrays as the compiled core has them; None where Python does it all."""
+        return self._board
+
+    @property
+    def stale(self) -> set[int]:
+        """Slots whose prices are out of date; whoever brings them up to date takes them out."""
+        return self._stale
+
+    @property
+    def accounts(self) -> list[Account]:
+        """The load of each worker by slot; read only."""
+        return self._accounts
 
     def size_of_block(self, slot: int) -> int:
         """Return tokens per KV block of one worker."""
@@ -296,9 +321,11 @@ class ClusterView:
         if len(prefill) and len(decode):
             local = ready[role == _ROLE_CODE[Role.MIXED]]
             outside = self._outside(prefill), self._outside(decode)
-            return Pools(ready, prefill, decode, local, False, shortest, *outside)
-        outside = self._outside(ready), self._outside(ready)
-        return Pools(ready, ready, ready, ready, True, shortest, *outside)
+            masks = outside[0].data, outside[1].data
+            return Pools(ready, prefill, decode, local, False, shortest, *outside, masks)
+        everywhere = self._outside(ready)
+        masks = everywhere.data, everywhere.data
+        return Pools(ready, ready, ready, ready, True, shortest, everywhere, everywhere, masks)
 
     def _outside(self, slots: Slots) -> Floats:
         outside = np.full(self.num_slots, np.inf)
@@ -411,11 +438,8 @@ class ClusterView:
     def columns(self) -> list[Floats]:
         """Return all columns, up to date."""
         stale = self._stale
-        if stale and self.core.write_rows is not None:
-            self.core.write_rows(
-                self._accounts, stale, self.expected_tokens, self.now, self._table, len(self._ready)
-            )
-            stale.clear()
+        if stale and self._board is not None:
+            self._board.write(stale, self.expected_tokens, self.now)
         elif stale:
             slots = list(stale)
             stale.clear()

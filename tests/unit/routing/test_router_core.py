@@ -15,12 +15,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from disagg.config import RouterConfig
+from disagg.routing.calibration import Calibration
 from disagg.routing.charges import Account
 from disagg.routing.core import COMPILED, CORE, PYTHON, Core
 from disagg.routing.fit import Coefficients, Fit, followed
 from disagg.routing.predictors import KindFits, Predictor
 from disagg.routing.router import Router
-from disagg.routing.types import BlockEvents, StepSample, TransferSample
+from disagg.routing.types import BlockEvents, Prediction, StepSample, TransferSample
 from disagg.types import Role, WorkerLoad, WorkerStatus
 from tests.unit.routing.routing_fakes import report, request
 
@@ -218,7 +219,7 @@ def test_the_compiled_core_refuses_what_does_not_fit() -> None:
         CORE.follow(1.0, 0.1, (1.0, 2.0), 1.0, 2.0, 3.0)
     with pytest.raises(TypeError):
         CORE.follow(1.0, 0.1, (1.0, 2.0, 3.0), 1.0, 2.0, "late")
-    assert CORE.best is not None and CORE.write_rows is not None and CORE.price is not None
+    assert CORE.price is not None
     table, chains = CORE.make_table(), CORE.make_chains()
     slots = np.zeros(4, dtype=np.int64)
     for call in (
@@ -250,20 +251,46 @@ def test_the_compiled_core_refuses_what_does_not_fit() -> None:
     with pytest.raises(ValueError):
         table.held([1], chains, np.full(4, 9, dtype=np.int64), 4)
     assert table.held([1], chains, np.arange(4, dtype=np.int64), 4) is not None
-    size = 4
-    arrays = [np.zeros((24, size)), np.ones(size), np.zeros(size), np.zeros(size), np.zeros((3, size))]
-    inside: list[Any] = [size, *arrays, b"", b"", 10.0, 1, 1.0, 0.5, 0.5]
-    assert CORE.best(*inside) == (2, 2, 0, 0)
-    for at, wrong in ((0, 5), (0, 0), (1, np.zeros((23, size))), (5, np.zeros((3, size), dtype=np.int64))):
+
+
+@needs_core
+def test_the_compiled_board_refuses_what_does_not_fit() -> None:
+    make = CORE.make_board
+    assert make is not None and CORE.predict is not None
+    size, accounts = 4, [Account()]
+    arrays = [np.zeros((24, size)), np.ones(size), np.zeros((3, size))]
+    board = make(accounts, size, *arrays)
+    for at, wrong in ((0, 5), (0, 0), (1, np.zeros((23, size))), (3, np.zeros((3, size), dtype=np.int64))):
+        given: list[Any] = [size, *arrays]
+        given[at] = wrong
         with pytest.raises(ValueError):
-            CORE.best(*inside[:at], wrong, *inside[at + 1 :])
-    for at, wrong in ((9, 11), (9, -1), (11, 1.0), (12, -0.1)):
-        with pytest.raises(ValueError):
-            CORE.best(*inside[:at], wrong, *inside[at + 1 :])
+            make(accounts, *given)
+    with pytest.raises(TypeError):
+        make((), size, *arrays)
+    pool = np.zeros(size).data
+    inside: list[Any] = [set(), 1.0, 0.0, 10.0, 1.0, 0.5, 0.5, 1, None, None, pool, pool, b"", b""]
+    assert board.best(*inside) == (2, 2, 0, 0, 0)
+    out_of_range = ((7, 11), (7, -1), (5, 1.0), (6, -0.1), (10, np.zeros(3)), (12, bytes(8)))
+    for kind, cases in (
+        (ValueError, out_of_range),
+        (TypeError, ((0, [1]), (3, "a"), (9, "a"), (11, 3), (12, None))),
+        (IndexError, ((0, {3}), (0, {4}), (0, {-1}))),
+    ):
+        for at, value in cases:
+            with pytest.raises(kind):
+                board.best(*inside[:at], value, *inside[at + 1 :])
     with pytest.raises(IndexError):
-        CORE.best(*inside[:6], np.array([size]), np.array([1]), *inside[8:])
+        board.best(*inside[:12], np.array([size]), np.array([1]))
     with pytest.raises(IndexError):
-        CORE.write_rows([], {3}, 1.0, 0.0, arrays[0], size)
+        board.write({3}, 1.0, 0.0)
+    lines = Calibration(CORE).lines
+    asked: list[Any] = [Prediction, accounts, {0}, 0, 0, 0, 0, 10, 10, 0, 256.0, 0.0, lines]
+    assert CORE.predict(*asked).ttft > 0
+    for at, value in ((0, int), (0, 3), (2, [0]), (12, lines[:2]), (12, (1, 2, 3))):
+        with pytest.raises(TypeError):
+            CORE.predict(*asked[:at], value, *asked[at + 1 :])
+    with pytest.raises(IndexError):
+        CORE.predict(*asked[:3], 1, *asked[4:])
 
 
 def test_python_alone_serves_too() -> None:
