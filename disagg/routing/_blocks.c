@@ -26,8 +26,6 @@ static int take(PyObject *object, Py_buffer *view)
 
 /* -- BlockTable ---------------------------------------------------------------------------------------- */
 
-/* So many slots are sorted; more are found again in order. */
-#define FEW 32
 #define MAX_TAG (1 << 24)
 
 /* Who holds a block: tags in ascending order, shared by all blocks with the same holders. */
@@ -44,8 +42,9 @@ typedef struct {
     uint32_t num_sets, room_sets, free_id;
     /* Id of the set of one tag alone, by tag; kept for ever. */
     uint32_t *alone, room_alone;
-    /* By slot, all 0 between calls; and those that are not, during one. */
-    int64_t *depths, *touched;
+    /* By slot, all 0 between calls; and a bit for each that is not, during one. */
+    int64_t *depths;
+    uint64_t *touched;
     Py_ssize_t room_slots;
 } BlockTable;
 
@@ -180,12 +179,12 @@ static PyObject *change(BlockTable *self, PyObject *args, int with)
     uint32_t mine = with ? alone(self, tag) : 0;
     /* Blocks of one sequence have the same holders, more often than not. */
     uint32_t known = 0, next = 0;
+    prefetch_first(self->shards, hashes, 0, count);
     for (Py_ssize_t i = 0; i < count && !PyErr_Occurred(); i++) {
-        if (i + AHEAD < count)
-            prefetch(self->shards, hashes[i + AHEAD]);
-        Shard *shard = &self->shards[hashes[i] & (SHARDS - 1)];
+        prefetch_next(self->shards, hashes, i, count);
+        Shard *shard = shard_in(self->shards, hashes[i]);
         uint32_t at = shard->used ? find(shard, hashes[i]) : 0;
-        uint32_t id = shard->used ? shard->ids[at] : 0;
+        uint32_t id = shard->used ? *id_at(shard, at) : 0;
         if (!id) {
             if (!with)
                 continue;
@@ -209,7 +208,7 @@ static PyObject *change(BlockTable *self, PyObject *args, int with)
         moved++;
         release(self, id);
         if (next)
-            shard->ids[at] = share(self, next);
+            *id_at(shard, at) = share(self, next);
         else
             vacate(shard, at);
     }
@@ -241,9 +240,10 @@ static Shard *shard_of(BlockTable *self, int number)
 /* Take the tags whose `lost` is not negative out of a shard, and count there what each has lost. */
 static int strip(BlockTable *self, Shard *shard, int64_t *lost, uint32_t num_tags)
 {
-    for (uint32_t i = 0; i < shard->room;) {
-        const Holders *set = shard->ids[i] ? self->sets[shard->ids[i]] : NULL;
-        uint32_t left = shard->ids[i] ? share(self, shard->ids[i]) : 0;
+    for (uint32_t i = 0; i < room_of(shard);) {
+        uint32_t *id = id_at(shard, i);
+        const Holders *set = *id ? self->sets[*id] : NULL;
+        uint32_t left = share(self, *id);
         for (uint32_t j = 0; set != NULL && j < set->count; j++) {
             int32_t tag = set->tags[j];
             if ((uint32_t)tag >= num_tags || lost[tag] < 0)
@@ -257,9 +257,10 @@ static int strip(BlockTable *self, Shard *shard, int64_t *lost, uint32_t num_tag
             release(self, left);
             left = fewer;
         }
-        release(self, shard->ids[i]);
+        release(self, *id);
         if (set == NULL || left) {
-            shard->ids[i++] = left;
+            *id = left;
+            i++;
         } else {
             vacate(shard, i); /* another one may stand here now */
         }
@@ -311,10 +312,11 @@ static PyObject *table_items(BlockTable *self, PyObject *args)
         return NULL;
     Shard *shard = shard_of(self, number);
     PyObject *items = shard == NULL ? NULL : PyList_New(0);
-    for (uint32_t i = 0; items != NULL && i < shard->room; i++) {
-        if (!shard->ids[i])
+    for (uint32_t i = 0; items != NULL && i < room_of(shard); i++) {
+        uint32_t id = *id_at(shard, i);
+        if (!id)
             continue;
-        const Holders *set = self->sets[shard->ids[i]];
+        const Holders *set = self->sets[id];
         PyObject *tags = PyTuple_New(set->count);
         for (uint32_t j = 0; tags != NULL && j < set->count; j++) {
             PyObject *tag = PyLong_FromLong(set->tags[j]);
@@ -323,7 +325,7 @@ static PyObject *table_items(BlockTable *self, PyObject *args)
             else
                 PyTuple_SET_ITEM(tags, j, tag);
         }
-        PyObject *item = tags == NULL ? NULL : Py_BuildValue("KN", (unsigned long long)shard->keys[i], tags);
+        PyObject *item = tags == NULL ? NULL : Py_BuildValue("KN", (unsigned long long)*key_at(shard, i), tags);
         if (item == NULL || PyList_Append(items, item) < 0)
             Py_CLEAR(items);
         Py_XDECREF(item);
@@ -368,8 +370,10 @@ static int reach(Walk *walk, int64_t slot)
     }
     int64_t *depth = &walk->table->depths[slot];
     if (*depth == walk->start) {
-        if (!*depth)
-            walk->table->touched[walk->num_touched++] = slot;
+        if (!*depth) {
+            walk->table->touched[slot / 64] |= UINT64_C(1) << slot % 64;
+            walk->num_touched++;
+        }
         *depth = walk->end;
         walk->going = 1;
     }
@@ -395,11 +399,8 @@ static Py_ssize_t runs_of(const BlockTable *self, const uint64_t *hashes, Py_ssi
 {
     Py_ssize_t runs = 0;
     uint32_t last = 0;
-    for (Py_ssize_t i = 0; i < count && i < AHEAD; i++)
-        prefetch(self->shards, hashes[i]);
     for (Py_ssize_t depth = 0; depth < count; depth++) {
-        if (depth + AHEAD < count)
-            prefetch(self->shards, hashes[depth + AHEAD]);
+        prefetch_next(self->shards, hashes, depth, count);
         uint32_t id = look_up(self->shards, hashes[depth]);
         if (id != last) {
             if (depth) {
@@ -444,36 +445,46 @@ static int walk_down(Walk *walk, const Path *path, const Py_ssize_t *ends, const
     return 0;
 }
 
-static int by_value(const void *a, const void *b)
+/* Return the place of the lowest bit that is set. */
+static inline int lowest_bit(uint64_t bits)
 {
-    int64_t x = *(const int64_t *)a, y = *(const int64_t *)b;
-    return (x > y) - (x < y);
+#if defined(__GNUC__)
+    return __builtin_ctzll(bits);
+#else
+    int at = 0;
+    while (!(bits >> at & 1))
+        at++;
+    return at;
+#endif
 }
 
-/* Return (slots, depths) as bytes of int64, and leave the scratch as it was. */
-static PyObject *found(Walk *walk)
+/* Leave the scratch as it was. Write which slots were touched, ascending, and their depths, unless those are NULL. */
+static void take_touched(Walk *walk, char *slots, char *depths)
 {
     BlockTable *self = walk->table;
+    for (Py_ssize_t word = 0, at = 0; at < walk->num_touched; word++) {
+        for (uint64_t bits = self->touched[word]; bits; bits &= bits - 1, at++) {
+            int64_t slot = word * 64 + lowest_bit(bits);
+            if (slots != NULL) {
+                memcpy(slots + at * (Py_ssize_t)sizeof slot, &slot, sizeof slot);
+                memcpy(depths + at * (Py_ssize_t)sizeof slot, &self->depths[slot], sizeof slot);
+            }
+            self->depths[slot] = 0;
+        }
+        self->touched[word] = 0;
+    }
+}
+
+/* Return (slots, depths) as bytes of int64. */
+static PyObject *found(Walk *walk)
+{
     Py_ssize_t size = walk->num_touched * (Py_ssize_t)sizeof(int64_t);
-    PyObject *slots = NULL, *depths = NULL, *both = NULL;
-    if (walk->num_touched <= FEW) {
-        qsort(self->touched, (size_t)walk->num_touched, sizeof(int64_t), by_value);
-    } else {
-        Py_ssize_t at = 0;
-        for (Py_ssize_t slot = 0; slot < walk->num_slots; slot++)
-            if (self->depths[slot])
-                self->touched[at++] = slot;
-    }
-    slots = PyBytes_FromStringAndSize((const char *)self->touched, size);
-    depths = PyBytes_FromStringAndSize(NULL, size);
-    for (Py_ssize_t i = 0; i < walk->num_touched; i++) {
-        int64_t *depth = &self->depths[self->touched[i]];
-        if (depths != NULL)
-            memcpy(PyBytes_AS_STRING(depths) + i * (Py_ssize_t)sizeof *depth, depth, sizeof *depth);
-        *depth = 0;
-    }
-    if (slots != NULL && depths != NULL)
-        both = PyTuple_Pack(2, slots, depths);
+    PyObject *slots = PyBytes_FromStringAndSize(NULL, size), *depths = PyBytes_FromStringAndSize(NULL, size);
+    PyObject *both = slots == NULL || depths == NULL ? NULL : PyTuple_Pack(2, slots, depths);
+    if (both == NULL)
+        take_touched(walk, NULL, NULL);
+    else
+        take_touched(walk, PyBytes_AS_STRING(slots), PyBytes_AS_STRING(depths));
     Py_XDECREF(slots);
     Py_XDECREF(depths);
     return both;
@@ -484,7 +495,7 @@ static int make_slots(BlockTable *self, Py_ssize_t count)
     if (count <= self->room_slots)
         return 0;
     int64_t *depths = PyMem_Calloc((size_t)count, sizeof *depths);
-    int64_t *touched = PyMem_Calloc((size_t)count, sizeof *touched);
+    uint64_t *touched = PyMem_Calloc((size_t)count / 64 + 1, sizeof *touched);
     if (depths == NULL || touched == NULL) {
         PyMem_Free(depths);
         PyMem_Free(touched);
@@ -517,12 +528,12 @@ static PyObject *table_held(BlockTable *self, PyObject *args)
     const Node **nodes = PyMem_Malloc(room * sizeof *nodes);
     if (hashes != NULL && ends != NULL && ids != NULL && nodes != NULL) {
         Walk walk = {self, 0, 0, num_slots, 0, 0};
+        prefetch_first(self->shards, hashes, 0, count);
         Path path = find_path((ChainTree *)chains, hashes, count, nodes);
         Py_ssize_t runs = runs_of(self, hashes, count, path.depth, ends, ids);
         int failed = walk_down(&walk, &path, ends, ids, runs, &slot_of) < 0;
         if (failed || !walk.num_touched) {
-            for (Py_ssize_t i = 0; i < walk.num_touched; i++)
-                self->depths[self->touched[i]] = 0;
+            take_touched(&walk, NULL, NULL);
             result = failed ? NULL : Py_NewRef(Py_None);
         } else {
             result = found(&walk);

@@ -85,6 +85,9 @@ static uint32_t count_at(const Node *node, int64_t slot)
 static uint32_t deepest(const ChainTree *self, const uint64_t *hashes, Py_ssize_t count, Py_ssize_t *depth)
 {
     *depth = 0;
+    /* Bisection waits for each look-up; the first ones are known. */
+    for (Py_ssize_t i = 0; i < 4 && count; i++)
+        prefetch(self->shards, hashes[i * count / 4]);
     if (!count || !look_up(self->shards, hashes[0]))
         return 0;
     Py_ssize_t low = 1, high = count;
@@ -118,8 +121,10 @@ Path find_path(const ChainTree *self, const uint64_t *hashes, Py_ssize_t count, 
 /* Take the hashes from `start` on out of the map. */
 static void forget(ChainTree *self, const uint64_t *hashes, Py_ssize_t start, Py_ssize_t end)
 {
+    prefetch_first(self->shards, hashes, start, end);
     for (Py_ssize_t i = start; i < end; i++) {
-        Shard *shard = &self->shards[hashes[i] & (SHARDS - 1)];
+        prefetch_next(self->shards, hashes, i, end);
+        Shard *shard = shard_in(self->shards, hashes[i]);
         vacate(shard, find(shard, hashes[i]));
     }
     self->num_blocks -= end - start;
@@ -128,9 +133,11 @@ static void forget(ChainTree *self, const uint64_t *hashes, Py_ssize_t start, Py
 /* Map the hashes from `start` on to a node. 1, and nothing is changed: one of them is known. */
 static int learn(ChainTree *self, const uint64_t *hashes, Py_ssize_t start, Py_ssize_t end, uint32_t id)
 {
+    prefetch_first(self->shards, hashes, start, end);
     for (Py_ssize_t i = start; i < end; i++) {
+        prefetch_next(self->shards, hashes, i, end);
         int known = look_up(self->shards, hashes[i]) != 0;
-        if (known || put(&self->shards[hashes[i] & (SHARDS - 1)], hashes[i], id) < 0) {
+        if (known || put(shard_in(self->shards, hashes[i]), hashes[i], id) < 0) {
             self->num_blocks += i - start;
             forget(self, hashes, start, i);
             return known ? 1 : -1;
@@ -153,9 +160,12 @@ static uint32_t split(ChainTree *self, uint32_t id, Py_ssize_t depth)
     }
     memcpy(above->counts, node->counts, node->num_counts * sizeof *node->counts);
     above->num_counts = node->num_counts;
+    const uint64_t *hashes = node->hashes->items;
+    prefetch_first(self->shards, hashes, node->start, depth);
     for (Py_ssize_t i = node->start; i < depth; i++) {
-        Shard *shard = &self->shards[node->hashes->items[i] & (SHARDS - 1)];
-        shard->ids[find(shard, node->hashes->items[i])] = upper;
+        prefetch_next(self->shards, hashes, i, depth);
+        Shard *shard = shard_in(self->shards, hashes[i]);
+        *id_at(shard, find(shard, hashes[i])) = upper;
     }
     node->parent = upper;
     node->start = depth;

@@ -6,72 +6,124 @@
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
 #include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
 
 #define SHARDS 8192
-#define FIRST_ROOM 8
 /* So many look-ups ahead memory is asked for. */
-#define AHEAD 8
+#define AHEAD 16
+#define LINE_BYTES 64
+#define PER_LINE 5
+/* To gcc a function that only prefetches has no effect: unless it is always inlined, its calls are left out. */
+#if defined(__GNUC__)
+#define ALWAYS static inline __attribute__((always_inline))
+#else
+#define ALWAYS static inline
+#endif
 
-/* Open addressing with linear probing. An id of 0 is an empty place. */
+/* What a look-up reads, in one cache line. An id of 0 is an empty place. */
 typedef struct {
-    uint64_t *keys;
-    uint32_t *ids;
-    uint32_t room, used;
+    uint64_t keys[PER_LINE];
+    uint32_t ids[PER_LINE];
+    uint32_t unused;
+} Line;
+
+/* Open addressing: a key stands in the first empty place from the beginning of its line on. */
+typedef struct {
+    Line *lines;
+    uint32_t num_lines, used;
 } Shard;
 
-static inline uint32_t place_of(uint64_t key)
+/* Places of a shard are numbered through. */
+static inline uint32_t room_of(const Shard *shard)
 {
-    return (uint32_t)((key * UINT64_C(0x9E3779B97F4A7C15)) >> 32);
+    return shard->num_lines * PER_LINE;
 }
 
-static inline void prefetch(const Shard *shards, uint64_t key)
+static inline uint64_t *key_at(const Shard *shard, uint32_t at)
+{
+    return &shard->lines[at / PER_LINE].keys[at % PER_LINE];
+}
+
+static inline uint32_t *id_at(const Shard *shard, uint32_t at)
+{
+    return &shard->lines[at / PER_LINE].ids[at % PER_LINE];
+}
+
+/* Return the line in which a key is looked for first. */
+static inline uint32_t line_of(const Shard *shard, uint64_t key)
+{
+    uint64_t mixed = (key * UINT64_C(0x9E3779B97F4A7C15)) >> 32;
+    return (uint32_t)((mixed * shard->num_lines) >> 32);
+}
+
+static inline Shard *shard_in(Shard *shards, uint64_t key)
+{
+    return &shards[key & (SHARDS - 1)];
+}
+
+ALWAYS void prefetch(const Shard *shards, uint64_t key)
 {
 #if defined(__GNUC__)
     const Shard *shard = &shards[key & (SHARDS - 1)];
-    if (shard->room) {
-        uint32_t at = place_of(key) & (shard->room - 1);
-        __builtin_prefetch(&shard->keys[at]);
-        __builtin_prefetch(&shard->ids[at]);
-    }
+    if (shard->num_lines)
+        __builtin_prefetch(&shard->lines[line_of(shard, key)]);
 #else
     (void)shards, (void)key;
 #endif
 }
 
+/* Ask for what the look-ups of hashes[at] to hashes[end] will read first; then, at each of them, for one more. */
+ALWAYS void prefetch_first(const Shard *shards, const uint64_t *hashes, Py_ssize_t at, Py_ssize_t end)
+{
+    for (Py_ssize_t i = at; i < end && i < at + AHEAD; i++)
+        prefetch(shards, hashes[i]);
+}
+
+ALWAYS void prefetch_next(const Shard *shards, const uint64_t *hashes, Py_ssize_t at, Py_ssize_t end)
+{
+    if (at + AHEAD < end)
+        prefetch(shards, hashes[at + AHEAD]);
+}
+
 /* Return where a key stands, or the empty place where it would; the shard has room. */
 static inline uint32_t find(const Shard *shard, uint64_t key)
 {
-    uint32_t mask = shard->room - 1, at = place_of(key) & mask;
-    while (shard->ids[at] && shard->keys[at] != key)
-        at = (at + 1) & mask;
-    return at;
+    uint32_t line = line_of(shard, key);
+    for (;;) {
+        const Line *at = &shard->lines[line];
+        for (uint32_t i = 0; i < PER_LINE; i++)
+            if (!at->ids[i] || at->keys[i] == key)
+                return line * PER_LINE + i;
+        if (++line == shard->num_lines)
+            line = 0;
+    }
 }
 
 static inline uint32_t look_up(const Shard *shards, uint64_t key)
 {
     const Shard *shard = &shards[key & (SHARDS - 1)];
-    return shard->used ? shard->ids[find(shard, key)] : 0;
+    return shard->used ? *id_at(shard, find(shard, key)) : 0;
 }
 
 static inline int grow(Shard *shard)
 {
-    Shard larger = {NULL, NULL, shard->room ? 2 * shard->room : FIRST_ROOM, shard->used};
-    larger.keys = PyMem_Malloc(larger.room * sizeof *larger.keys);
-    larger.ids = PyMem_Calloc(larger.room, sizeof *larger.ids);
-    if (shard->room > UINT32_MAX / 4 || larger.keys == NULL || larger.ids == NULL) {
-        PyMem_Free(larger.keys);
-        PyMem_Free(larger.ids);
+    uint32_t num_lines = shard->num_lines + shard->num_lines / 2 + 1;
+    Shard larger = {NULL, num_lines, shard->used};
+    if (num_lines < UINT32_MAX / (2 * LINE_BYTES))
+        larger.lines = aligned_alloc(LINE_BYTES, (size_t)num_lines * sizeof(Line));
+    if (larger.lines == NULL) {
         PyErr_NoMemory();
         return -1;
     }
-    for (uint32_t i = 0; i < shard->room; i++)
-        if (shard->ids[i]) {
-            uint32_t at = find(&larger, shard->keys[i]);
-            larger.keys[at] = shard->keys[i];
-            larger.ids[at] = shard->ids[i];
+    memset(larger.lines, 0, (size_t)num_lines * sizeof(Line));
+    for (uint32_t i = 0; i < room_of(shard); i++)
+        if (*id_at(shard, i)) {
+            uint32_t at = find(&larger, *key_at(shard, i));
+            *key_at(&larger, at) = *key_at(shard, i);
+            *id_at(&larger, at) = *id_at(shard, i);
         }
-    PyMem_Free(shard->keys);
-    PyMem_Free(shard->ids);
+    free(shard->lines);
     *shard = larger;
     return 0;
 }
@@ -79,40 +131,40 @@ static inline int grow(Shard *shard)
 /* Empty a place, and move up what stands behind it only because the place was taken. */
 static inline void vacate(Shard *shard, uint32_t at)
 {
-    uint32_t mask = shard->room - 1, next = at;
+    uint32_t room = room_of(shard), next = at;
     for (;;) {
-        next = (next + 1) & mask;
-        if (!shard->ids[next])
+        next = next + 1 == room ? 0 : next + 1;
+        if (!*id_at(shard, next))
             break;
-        uint32_t home = place_of(shard->keys[next]) & mask;
-        if (((next - home) & mask) >= ((next - at) & mask)) {
-            shard->keys[at] = shard->keys[next];
-            shard->ids[at] = shard->ids[next];
+        uint32_t home = line_of(shard, *key_at(shard, next)) * PER_LINE;
+        uint32_t from_home = next >= home ? next - home : next + room - home;
+        uint32_t from_gap = next >= at ? next - at : next + room - at;
+        if (from_home >= from_gap) {
+            *key_at(shard, at) = *key_at(shard, next);
+            *id_at(shard, at) = *id_at(shard, next);
             at = next;
         }
     }
-    shard->ids[at] = 0;
+    *id_at(shard, at) = 0;
     shard->used--;
 }
 
 /* Put a key that is not there yet, with an id that is not 0; -1 with an exception set. */
 static inline int put(Shard *shard, uint64_t key, uint32_t id)
 {
-    if ((uint64_t)(shard->used + 1) * 4 > (uint64_t)shard->room * 3 && grow(shard) < 0)
+    if ((uint64_t)(shard->used + 1) * 5 > (uint64_t)room_of(shard) * 4 && grow(shard) < 0)
         return -1;
     uint32_t at = find(shard, key);
-    shard->keys[at] = key;
-    shard->ids[at] = id;
+    *key_at(shard, at) = key;
+    *id_at(shard, at) = id;
     shard->used++;
     return 0;
 }
 
 static inline void free_shards(Shard *shards)
 {
-    for (int i = 0; shards != NULL && i < SHARDS; i++) {
-        PyMem_Free(shards[i].keys);
-        PyMem_Free(shards[i].ids);
-    }
+    for (int i = 0; shards != NULL && i < SHARDS; i++)
+        free(shards[i].lines);
     PyMem_Free(shards);
 }
 
