@@ -5,8 +5,9 @@
 FOLDER holds azure/, distserve/ and splitwise-sim/ as their projects publish them. Two parts, --only picks:
 
     distserve   OPT-13B on 4 A100s, Azure conversation lengths, TTFT 200 ms and TPOT 100 ms at P90: its
-                README's configuration and the best pair found, with its model (no transfer, objectives
-                apart), then with the transfer, then with both objectives at once
+                README's configuration and the best pair found, with its model (no transfer, caches without
+                bounds, objectives apart) beside its own rules on the same requests, then with the memory
+                that there is, then with the transfer, then with both objectives at once
     splitwise   bloom-176b on its designs of equal power: the largest rate at which all nine slowdown limits
                 hold, per machine, per kW and per USD
 """
@@ -16,12 +17,14 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from distserve_rules import Rules, Shape, all_pairs
 from rich.console import Console
 from rich.table import Table
 
@@ -58,12 +61,15 @@ A100 = "a100-80gb"
 NO_TRANSFER = {"bandwidth_gb_s": 1e9, "sharing": "private"}
 # Half of a 200 Gbit/s NIC's 25 GB/s for each of two GPUs.
 WITH_TRANSFER = {"bandwidth_gb_s": 12.5, "sharing": "shared"}
+# Room for all requests of a run at once, which its program takes for granted.
+BOUNDLESS = {A100: {**asdict(HARDWARE[A100]), "memory": 1024 * GIB}}
 
 
-def opt_13b(coefficients: Path, links: dict[str, Any]) -> dict[str, Any]:
-    """DistServe's model: prompts are not split, caches and queues are not bounded."""
+def opt_13b(coefficients: Path, links: dict[str, Any], hardware: dict[str, Any]) -> dict[str, Any]:
+    """DistServe's model: prompts are not split, queues are not bounded."""
     return {
         "model": "opt-13b",
+        "hardware": hardware,
         "cost": {"kind": "distserve", "file": str(coefficients)},
         "links": links,
         "engine": {
@@ -81,55 +87,77 @@ class Variant:
     """What is asked of a plan. joint: both objectives of the same requests."""
 
     name: str
-    links: dict[str, Any]
-    joint: bool
+    links: dict[str, Any] = field(default_factory=lambda: NO_TRANSFER)
+    hardware: dict[str, Any] = field(default_factory=dict)
+    joint: bool = False
 
 
 VARIANTS = (
-    Variant("as_distserve", NO_TRANSFER, joint=False),
-    Variant("with_transfer", WITH_TRANSFER, joint=False),
+    Variant("as_distserve", hardware=BOUNDLESS),
+    Variant("with_memory"),
+    Variant("with_transfer", WITH_TRANSFER),
     Variant("joint_too", WITH_TRANSFER, joint=True),
 )
+CRITERION = Criterion(0.2, 0.1, 0.9, joint=False)
+BISECTION = Bisection(high=5, width=1.5 * STEP, share=0, grow=False)
 
 
 def distserve(traces: Path, console: Console) -> list[Row]:
     whole = read_trace(traces / "azure" / "AzureLLMInferenceTrace_conv.csv", TraceFormat.AZURE)
     fitting = (one for one in whole if one.prompt_tokens + one.output_tokens < OPT_POSITIONS)
-    load = Workload("azure conversation", tuple(fitting))
+    workload = Workload("azure conversation", tuple(fitting))
     coefficients = traces / "distserve" / "profiler-a100-80g.distserve.json"
     shown = Table(
-        *("what is asked", "seed", "TP2 + TP1", "best pair", "is"),
+        *("what is asked", "seed", "TP 2 + TP 1", "best pair", "is"),
         title=f"requests/s per GPU, steps of {STEP:.3f} "
-        f"(README {README}; its program here: {OWN_README}, best {OWN_BEST})",
+        f"(README {README}; its program on other draws: {OWN_README}, best {OWN_BEST})",
     )
     rows = []
-    for variant in VARIANTS:
-        for seed in SEEDS:
-            readme, best = _search_pairs(opt_13b(coefficients, variant.links), load, seed, variant.joint)
-            rates = [(plan.goodput or 0.0) / plan.gpus for plan in (readme, best)]
-            shown.add_row(variant.name, str(seed), *(f"{rate:.2f}" for rate in rates), _shapes(best))
-            peers = {"peer": OWN_README, "ratio": round(rates[0] / OWN_README, 4)} if seed < 1 else {}
-            name = f"distserve/{variant.name}/seed_{seed}"
-            rows.append(row(f"{name}/readme", rates[0], "requests/s per GPU", **peers))
-            rows.append(row(f"{name}/best", rates[1], "requests/s per GPU", plan=_shapes(best)))
+    for seed in SEEDS:
+        load = Load(workload, seed=seed, num_requests=300, min_seconds=0)
+        theirs = _by_their_rules(coefficients, load)
+        peers = {"readme": theirs[0], "best": theirs[1]}
+        shown.add_row("its rules", str(seed), *(f"{rate:.2f}" for rate in theirs[:2]), theirs[2])
+        for variant in VARIANTS:
+            base = opt_13b(coefficients, variant.links, variant.hardware)
+            plans = _search_pairs(base, load, variant.joint)
+            rates = {name: (plan.goodput or 0.0) / plan.gpus for name, plan in plans.items()}
+            shape = _shapes(plans["best"])
+            shown.add_row(variant.name, str(seed), *(f"{rate:.2f}" for rate in rates.values()), shape)
+            for name, rate in rates.items():
+                peer = {"peer": peers[name]} if variant is VARIANTS[0] else {}
+                full = f"distserve/{variant.name}/seed_{seed}/{name}"
+                rows.append(row(full, rate, "requests/s per GPU", plan=_shapes(plans[name]), **peer))
     console.print(shown)
     return rows
 
 
-def _search_pairs(base: dict[str, Any], load: Workload, seed: int, joint: bool) -> tuple[Plan, Plan]:
+def _by_their_rules(coefficients: Path, load: Load) -> tuple[float, float, str]:
+    """Return the rates of the README's pair and of the best one, and what that is, by DistServe's rules."""
+
+    def good(pair: tuple[Shape, Shape], rate: float) -> bool:
+        ttft, tpot = Rules(coefficients, *pair, load.at(rate)).run()
+        return float((ttft <= 0.2).mean()) >= 0.9 and float((tpot <= 0.1).mean()) >= 0.9
+
+    rates = {}
+    for pair in all_pairs(most=4, degrees=(1, 2, 4)):
+        gpus = pair[0].gpus + pair[1].gpus
+        rates[pair] = BISECTION.largest(partial(good, pair), gpus) / gpus
+    readme = (Shape(2), Shape(1))
+    # Of equal ones the README's, as below.
+    best = max(rates, key=lambda pair: (rates[pair], pair == readme))
+    return rates[readme], rates[best], " + ".join(map(str, best))
+
+
+def _search_pairs(base: dict[str, Any], load: Load, joint: bool) -> dict[str, Plan]:
     """Return the README's pair and the best one, simulated."""
     limits = Limits({A100: 4}, gpus_per_node=4, tensor_parallel=(1, 2, 4), pipeline_parallel=(1, 2, 4))
-    search = Search(
-        Space(base, limits),
-        Load(load, seed=seed, num_requests=300, min_seconds=0),
-        Criterion(0.2, 0.1, 0.9, joint=joint),
-        bisection=Bisection(high=5, width=1.5 * STEP, share=0, grow=False),
-    )
+    search = Search(Space(base, limits), load, replace(CRITERION, joint=joint), bisection=BISECTION)
     pools = pair_plan(WorkerShape(A100, 2), 1, 1.0, WorkerShape(A100, 1), 1, 1.0).pools
     readme = Plan(pools, goodput=search.whole_goodput(pools, None))
-    found = (*search.low_affinity(None, pairs_only=True), readme)
+    found = (readme, *search.low_affinity(None, pairs_only=True))
     # A node of 4 GPUs that holds one pair of 2 holds two of them: rates are per GPU.
-    return readme, max(found, key=lambda plan: (plan.goodput or 0.0) / plan.gpus)
+    return {"readme": readme, "best": max(found, key=lambda plan: (plan.goodput or 0.0) / plan.gpus)}
 
 
 def _shapes(plan: Plan) -> str:

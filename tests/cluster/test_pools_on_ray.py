@@ -97,6 +97,7 @@ async def under_load(served: Served, change: Callable[[], Awaitable[None]]) -> N
     assert len(set(answers)) == 1
 
 
+@pytest.mark.slow
 async def test_pools_grow_lend_and_shrink_under_load_without_a_failed_request(served: Served) -> None:
     first = await asyncio.to_thread(workers, served)
 

@@ -220,6 +220,7 @@ def test_api_key_guards_every_route_and_ctrl_c_leaves_nothing(tmp_path: Path) ->
     assert not {name for name in set(os.listdir("/dev/shm")) - memory_before if "disagg" in name}
 
 
+@pytest.mark.slow
 def test_a_checkpoint_that_lacks_a_tensor_is_told_by_its_name(tmp_path: Path) -> None:
     broken = tmp_path / "broken"
     shutil.copytree(BUNDLED_MODEL, broken)

@@ -152,6 +152,7 @@ def test_an_overlapped_engine_gives_the_tokens_of_the_torch_decoder(small):
                 assert left.logprob == pytest.approx(right.logprob, abs=1e-4)
 
 
+@pytest.mark.slow
 def test_ranks_go_on_from_tokens_that_only_rank_0_knows(small):
     """The token that rank 0's device drew reaches the others' without its host, or theirs, knowing it."""
     folder = small[1]
