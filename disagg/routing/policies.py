@@ -170,12 +170,20 @@ def _less_loaded(load: Floats, slots: Slots, rng: random.Random) -> int:
 class SplitwiseJSQ:
     """Splitwise (ISCA '24, section 4.3): join the shortest queue, with a mixed pool for bursts.
 
-    Where the shortest prompt queue is longer than MIXED_AFTER tokens, and one is shorter on a decode worker,
-    that one takes the request whole and is mixed until it is done.
+    A prompt goes to the prefill worker with the fewest queued tokens, an answer to the decode worker with the
+    fewest KV blocks. Where that one has more than LONG tokens queued, or no room for the answer, the best of
+    the mixed pool is taken; where that won't do either, a worker of the other role joins it. It is among its
+    own again when it has no more work of the other kind. Workers whose role is mixed are always in that pool.
     """
 
     name = "splitwise_jsq"
-    MIXED_AFTER = 2048
+    # As splitwise-sim has it (prompt_max_pending_batch_tokens).
+    LONG = 8192
+
+    def __init__(self) -> None:
+        # Slots of decode workers that have prompts, and of prefill workers that have answers.
+        self._with_prompts: set[int] = set()
+        self._with_answers: set[int] = set()
 
     def choose(
         self, request: PlacementRequest, view: ClusterView, index: PrefixIndex, rng: random.Random
@@ -184,12 +192,48 @@ class SplitwiseJSQ:
         if pools.degraded or len(pools.local) == len(pools.ready):
             alone = pick(view.queued_tokens + SEQUENCE_COST * view.sequences, pools.ready, rng)
             return Choice(alone, alone, pools.degraded)
-        prefill = pick(view.queued_tokens, pools.prefill, rng)
-        if view.queued_tokens[prefill] > self.MIXED_AFTER:
-            mixed = pick(view.queued_tokens, pools.decode, rng)
-            if view.queued_tokens[mixed] < view.queued_tokens[prefill]:
-                return Choice(mixed, mixed)
-        return Choice(prefill, pick(view.sequences, pools.decode, rng))
+        self._release(view)
+        lent = [*self._with_prompts, *self._with_answers]
+        guests = pools.ready[np.isin(pools.ready, lent)] if lent else pools.ready[:0]
+        mixed = np.union1d(pools.local, guests)
+        prompts, answers = (np.setdiff1d(own, mixed) for own in (pools.prefill, pools.decode))
+        prefill = self._for_prompt(request, view, (prompts, mixed), rng)
+        decode = self._for_answer(request, view, (answers, mixed), rng)
+        if prefill is None and len(answers):
+            prefill = pick(view.queued_tokens, answers, rng)
+            self._with_prompts.add(prefill)
+        if decode is None and len(prompts):
+            decode = pick(view.kv_blocks, prompts, rng)
+            self._with_answers.add(decode)
+        if prefill is None or decode is None:
+            prefill = decode = pick(view.queued_tokens, pools.ready, rng)
+        return Choice(prefill, decode)
+
+    def _release(self, view: ClusterView) -> None:
+        queued, sequences = view.queued_tokens, view.sequences
+        self._with_prompts = {slot for slot in self._with_prompts if queued[slot] > 0}
+        self._with_answers = {slot for slot in self._with_answers if sequences[slot] > 0}
+
+    def _for_prompt(
+        self, request: PlacementRequest, view: ClusterView, pools: tuple[Slots, ...], rng: random.Random
+    ) -> int | None:
+        for slots in pools:
+            if len(slots):
+                queued = view.queued_tokens[slot := pick(view.queued_tokens, slots, rng)]
+                if not queued or queued + request.num_tokens <= self.LONG:
+                    return slot
+        return None
+
+    def _for_answer(
+        self, request: PlacementRequest, view: ClusterView, pools: tuple[Slots, ...], rng: random.Random
+    ) -> int | None:
+        num_tokens = request.num_tokens + min(request.max_new_tokens, view.expected_tokens)
+        for slots in pools:
+            if len(slots):
+                slot = pick(view.kv_blocks, slots, rng)
+                if view.kv_blocks[slot] + num_tokens / view.block_size[slot] <= view.kv_total[slot]:
+                    return slot
+        return None
 
 
 class DistServeFCFS:

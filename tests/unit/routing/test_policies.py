@@ -147,6 +147,45 @@ def test_a_busy_mixed_worker_leaves_work_to_the_pools() -> None:
     assert (placement.prefill_worker, placement.decode_worker) == ("prefill-0", "decode-0")
 
 
+def test_splitwise_lends_workers_for_bursts_and_takes_them_back() -> None:
+    made = router("splitwise_jsq", prefill=1, decode=3)
+    first = [made.place(request(f"r{i}", 4000), 0.0) for i in range(2)]
+    assert {p.prefill_worker for p in first} == {"prefill-0"}
+    # The prefill worker's queue is long: one decode worker after the other takes prompts,
+    third, fourth, fifth = (made.place(request(f"r{i}", 4000), 0.0) for i in range(2, 5))
+    lent = {third.prefill_worker, fifth.prefill_worker}
+    assert third.prefill_worker == fourth.prefill_worker
+    assert len(lent) == 2 and "prefill-0" not in lent
+    # and while it does, answers go to those that are left.
+    (left,) = {"decode-0", "decode-1", "decode-2"} - lent
+    assert made.place(request("short", 100), 0.0).decode_worker == left
+    for number in range(5):
+        made.prefilled(f"r{number}", 1.0)
+    later = [made.place(request(f"later-{i}", 100), 1.0) for i in range(3)]
+    assert {p.prefill_worker for p in later} == {"prefill-0"}
+    assert {p.decode_worker for p in later} != {left}
+
+
+def test_splitwise_lends_prefill_workers_to_answers_that_fit_nowhere_else() -> None:
+    made = router("splitwise_jsq", prefill=2, decode=1)
+    full = WorkerLoad(10, 0, kv_blocks_used=1000)
+    made.worker_report(report("decode-0", DECODE, load=full), 0.1)
+    assert made.place(request("a", 160), 0.2).decode_worker.startswith("prefill")
+    made.worker_report(report("decode-0", DECODE), 0.3)
+    assert made.place(request("b", 160), 0.4).decode_worker == "decode-0"
+
+
+def test_splitwise_with_nothing_left_to_lend_serves_as_one_pool() -> None:
+    made = router("splitwise_jsq", prefill=1, decode=1)
+    busy = WorkerLoad(10, 10, waiting_tokens=9000, kv_blocks_used=1000)
+    for role in (PREFILL, DECODE):
+        made.worker_report(report(f"{role.value}-0", role, load=busy), 0.1)
+    for number in range(4):
+        made.place(request(f"r{number}", 1000), 0.2)
+    placed = made.place(request("last", 1000), 0.2)
+    assert placed.kind is PlacementKind.LOCAL
+
+
 @pytest.mark.parametrize("policy", ALL)
 def test_a_prompt_goes_only_where_it_fits(policy: str) -> None:
     made = router(policy, prefill=1, decode=1)
@@ -155,7 +194,7 @@ def test_a_prompt_goes_only_where_it_fits(policy: str) -> None:
     for index in range(4):
         placement = made.place(request(f"r{index}", 6000), 0.0)
         assert {placement.prefill_worker, placement.decode_worker} <= {"long-p", "long-d"}
-    assert made.place(request("edge", 8999), 0.0).prefill_worker == "long-p"
+    assert made.place(request("edge", 8999), 0.0).prefill_worker in {"long-p", "long-d"}
     with pytest.raises(InvalidRequestError) as caught:
         made.place(request("too-long", 9000), 0.0)
     assert caught.value.param == "prompt"
