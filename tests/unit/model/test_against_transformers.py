@@ -239,14 +239,15 @@ def test_packed_layers_follow_the_reference(tmp_path):
     layer = driver.runner.model.layers[0]
     assert layer.gate_up_proj.weight.numel() == 0, "expected a packed layer"
     tokens = random_tokens(9)
-    expected = reference_logits(model, tokens)
+    theirs, exact = reference_logits(model, tokens), reference_logits(model.double(), tokens)
     seq = driver.add(tokens[:6])
     driver.prefill(seq)
     for index in range(6, 9):
         driver.forced(seq, tokens[index])
         driver.prefill(seq)
-        scale = expected[index].abs().max()
-        torch.testing.assert_close(driver.logits[0] / scale, expected[index] / scale, atol=1e-5, rtol=0)
+        # How much float32 loses in sums of a thousand differs from processor to processor.
+        lost = (theirs[index] - exact[index]).abs().max()
+        assert (driver.logits[0] - exact[index]).abs().max() < 4 * lost
 
 
 def test_bundled_model():
