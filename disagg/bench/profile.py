@@ -16,6 +16,7 @@ before its first token is time outside the engine: `request`.
 from __future__ import annotations
 
 import asyncio
+import secrets
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations, pairwise
@@ -78,7 +79,9 @@ class Profiler:
         self._builder = builder
         self._prompts = [size for size in PROMPTS if size <= max_tokens] or [max_tokens]
         self._repeats = repeats
-        self._sent = 0
+        # A number of its own for each prompt ever sent: a later profile would find an earlier one's in the
+        # prefix cache, and take prefill to cost nothing.
+        self._sent = secrets.randbelow(2**48)
         self.samples = Samples()
 
     async def run(self, on_progress: Callable[[float], None] = lambda share: None) -> Samples:

@@ -32,6 +32,7 @@ class Cluster:
         self, *, jitter: float = 0.0, lump: bool = False, beside: tuple[float, float] = (0.0, 0.0)
     ) -> None:
         self._open = 0
+        self.bodies: list[bytes] = []
         self._beside = beside
         self._num_prompts, self._prompt_ends = 0, 0.0
         self._jitter, self._lump = jitter, lump
@@ -39,6 +40,7 @@ class Cluster:
 
     async def send(self, index: int, request: StreamRequest) -> RequestResult:
         self._open += 1
+        self.bodies.append(request.body)
         await asyncio.sleep(0)
         streams, size, tokens = self._open, request.prompt_tokens, request.expected_tokens or 1
         await asyncio.sleep(0)
@@ -153,3 +155,10 @@ def test_what_prompts_and_streams_cost_each_other_is_found() -> None:
 
 def test_streams_that_end_before_the_prompt_tell_nothing() -> None:
     assert measured(Cluster())["interference"] == {"prefill": 0.0, "decode": 0.0}
+
+
+def test_a_later_profile_finds_no_prompt_in_the_prefix_cache() -> None:
+    cluster = Cluster()
+    measured(cluster)
+    measured(cluster)
+    assert len(set(cluster.bodies)) == len(cluster.bodies)
