@@ -144,6 +144,7 @@ def cluster_file(measured: dict[str, Any], model: Path, path: Path, policy: str)
                 "block_size": BLOCK_SIZE,
             },
             "router": {"policy": policy},
+            "admission": {},
             "overheads": {
                 "request_ms": measured["request"]["a"] * 1e3,
                 "handoff_ms": measured["handoff"]["a"] * 1e3,

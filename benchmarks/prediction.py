@@ -1,7 +1,7 @@
 """How well the router foresees TTFT and TPOT of live traffic under a steady load.
 
     python benchmarks/prediction.py --json out.json
-    python benchmarks/prediction.py --shape 81m --rates 1 2
+    python benchmarks/prediction.py --shape llama-81m --rates 1 2
 
 Chats and long prompts arrive at random at `disagg serve` with one prefill and one decode worker, as in
 goodput.py. Errors are the router's own metric, disagg_router_prediction_error_ratio: predicted over actual,
