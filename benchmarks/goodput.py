@@ -43,6 +43,8 @@ REQUEST_TIMEOUT_S = 120.0
 RESOLVE_S = 1.0
 SHED_LIMIT_MS, KEPT_LIMIT = 50.0, 0.9
 QUANTILE = 90
+# Requests that objectives are taken from, at least: few of one kind come among fewer.
+CALIBRATING = 30
 CHUNKED_TOKENS = 32
 
 
@@ -130,7 +132,7 @@ class Load:
         """Set objectives from what requests of each kind take under a moderate load."""
         plain = Client(Endpoint.parse(self._url), REQUEST_TIMEOUT_S)
         self.clients = {kind.name: plain for kind in KINDS}
-        answers = await self._send(rate, seconds, seed=8)
+        answers = await self._send(rate, max(seconds, CALIBRATING / rate), seed=8)
         plain.close()
         for kind in KINDS:
             results = [result for of, result in answers if of is kind and result.ok]
