@@ -296,9 +296,10 @@ class AdmissionConfig(_Frozen):
 
     max_queue: requests that wait at the router for their turn. max_wait_s: a request that would wait longer
     is refused, objective or not (the only bound of one whose objective not even an idle cluster could meet,
-    besides the queue's); tier_max_wait_s: the same by service tier. backlog_s: work that a worker is
-    given ahead of its turn. reserve: share of what an objective allows that is kept from tenants who have
-    had more than their share while others ask too. tenant_weights: by cache_salt; others have 1.
+    besides the queue's); tier_max_wait_s: the same by service tier. backlog_s: work that a worker is given
+    ahead of its turn, two steps' worth at the least. reserve: share of what an objective allows that is kept
+    from tenants who have had more than their share while others ask too. tenant_weights: by cache_salt;
+    others have 1.
     """
 
     enabled: bool = True

@@ -30,15 +30,19 @@ def _samples() -> list[StepSample]:
     return steps
 
 
-def admission(*, fitted: bool = True, prefill: int = 1, decode: int = 1, **config: Any) -> Admission:
+def admission(
+    *, fitted: bool = True, prefill: int = 1, decode: int = 1, budget: int = 32, **config: Any
+) -> Admission:
+    """budget: prompt tokens a step; few, so that two steps are less than any backlog_s here."""
     made = Router(RouterConfig(policy="prefix_aware"), random.Random(7))
     for role, count in ((PREFILL, prefill), (DECODE, decode)):
         for index in range(count):
             name = f"{role.value}-{index}"
-            made.worker_report(report(name, role), 0.0)
+            made.worker_report(report(name, role, max_num_batched_tokens=budget), 0.0)
             if fitted:
                 for _ in range(3):
-                    made.worker_report(report(name, role, steps=_samples()), 0.0)
+                    steps = report(name, role, steps=_samples(), max_num_batched_tokens=budget)
+                    made.worker_report(steps, 0.0)
     return Admission(AdmissionConfig(**config), made)
 
 
@@ -140,6 +144,18 @@ def test_a_looser_objective_gets_in_where_a_tight_one_does_not() -> None:
     assert len(gate.queue) > 0
 
 
+@pytest.mark.parametrize("budget", [64, 256, 512])
+def test_short_prompts_that_come_at_once_share_the_next_step(budget: int) -> None:
+    """As many are with the worker when that begins as it has room for, behind a long one or not."""
+    gate = admission(backlog_s=0.0, budget=budget)
+    gate.ask(request("long", 2048), 0.0)
+    outcomes = [gate.ask(request(f"short{number}", 64), 0.0) for number in range(20)]
+    placed = sum(isinstance(outcome, Placement) for outcome in outcomes)
+    room = budget // 64
+    assert room <= placed <= 2 * room
+    assert outcomes[placed:] == [None] * (20 - placed)
+
+
 def test_without_objectives_only_a_long_wait_is_refused() -> None:
     gate = admission(max_wait_s=5.0)
     taken = flood(gate, num_tokens=100)
@@ -227,7 +243,7 @@ def test_priority_comes_first_and_deadlines_within_it() -> None:
 def test_the_expired_never_start() -> None:
     gate = admission(backlog_s=0.1)
     flood(gate, num_tokens=400, count=3)
-    assert gate.ask(request("brief", 100, timeout_s=5.0), 0.0) is None
+    assert gate.ask(request("brief", 400, timeout_s=5.0), 0.0) is None
     released = {item.request.request_id: item.outcome for item in gate.release(6.0)}
     assert isinstance(released["brief"], DeadlineExceededError)
     assert gate.refused[Reason.DEADLINE] == 1
