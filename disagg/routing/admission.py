@@ -41,7 +41,7 @@ DUE_S, DUE_FACTOR = 10.0, 20.0
 # Shares of promises that are to be kept. Much of what makes single answers slow has nothing to do with how
 # many are served, and refusing more does not help against that.
 _TTFT_KEPT, _TPOT_KEPT = 0.95, 0.75
-# Steps' worth of prompts that a worker is given ahead, however long its steps: the one that runs, and the next.
+# Steps' worth of prompts that a worker is given ahead, however long its steps: one that runs, and the next.
 STEPS_AHEAD = 2
 # Rounding errors of what is no wait at all.
 _NO_WAIT_S = 1e-6
@@ -331,7 +331,7 @@ class Admission:
         """Whether the workers would get to it soon, so that its place in their queues does not matter."""
         view, limit = self.router.view, self._config.backlog_s
         prefill, decode = view.costs(offer.choice.prefill), view.costs(offer.choice.decode)
-        # Short prompts share a step only if they are there when it begins, and word of its end comes too late.
+        # Short prompts share a step only if they are there when it begins; word of its end comes too late.
         ahead_s = max(limit, STEPS_AHEAD * (prefill.chunk_s + prefill.token_s * prefill.chunk))
         begins = offer.prediction.wait_s <= ahead_s or prefill.queued <= 0
         return begins and (decode.place_s <= limit or decode.sequences == 0)
