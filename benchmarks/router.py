@@ -196,7 +196,7 @@ def measure(policy: str, num_workers: int, blocks: int, seconds: float, seed: in
             ),
             0.0,
         )
-        router.prefilled(warm, 0.1)
+        router.prefilled(warm)
         in_flight.append(warm)
     requests = cluster.requests(20_000)
     gc.collect()
@@ -210,9 +210,9 @@ def measure(policy: str, num_workers: int, blocks: int, seconds: float, seed: in
         started = perf()
         router.place(request, now)
         placed = perf()
-        router.prefilled(request.request_id, now + 0.1)
+        router.prefilled(request.request_id, 0.1)
         in_flight.append(request.request_id)
-        router.finished(in_flight.popleft(), now + 5.0, 200)
+        router.finished(in_flight.popleft(), 200, 4.9)
         ended = perf()
         times.append(placed - started)
         spent += ended - started

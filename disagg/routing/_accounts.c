@@ -20,6 +20,7 @@ static PyMemberDef costs_members[] = {
     WHOLE(Costs, chunk),         WHOLE(Costs, links),         REAL(Costs, begin_s),
     REAL(Costs, chunk_s),        REAL(Costs, token_s),        REAL(Costs, attended_s),
     REAL(Costs, idle_chunk_s),   REAL(Costs, step_s),         REAL(Costs, bare_step_s),
+    REAL(Costs, joined_s),
     REAL(Costs, aside),          REAL(Costs, idle_step_s),    REAL(Costs, sequence_s),
     REAL(Costs, place_s),        REAL(Costs, queued),         REAL(Costs, sequences),
     {NULL, 0, 0, 0, NULL},
@@ -38,7 +39,7 @@ static PyMemberDef account_members[] = {
 
 static PyMemberDef charge_members[] = {
     OBJECT(Charge, request_id),    OBJECT(Charge, frontend_id),   OBJECT(Charge, hashes),
-    OBJECT(Charge, prefilled_at),  OBJECT(Charge, prediction),    OBJECT(Charge, tpot_s),
+    OBJECT(Charge, prediction),    OBJECT(Charge, tpot_s),
     WHOLE(Charge, number),         WHOLE(Charge, prefill_slot),   WHOLE(Charge, decode_slot),
     WHOLE(Charge, tokens),         WHOLE(Charge, prefill_blocks), WHOLE(Charge, decode_blocks),
     WHOLE(Charge, turn),           REAL(Charge, placed_at),       REAL(Charge, prefill_s),
@@ -133,7 +134,6 @@ static void charge_dealloc(Charge *self)
     Py_XDECREF(self->request_id);
     Py_XDECREF(self->frontend_id);
     Py_XDECREF(self->hashes);
-    Py_XDECREF(self->prefilled_at);
     Py_XDECREF(self->prediction);
     Py_XDECREF(self->tpot_s);
     Py_TYPE(self)->tp_free((PyObject *)self);
@@ -391,7 +391,6 @@ static Charge *new_charge(PyObject *request, const long long slots[2], const lon
     long long urgency = PyErr_Occurred() ? 0 : whole_of(request, priority);
     long long answer = expected_tokens < (double)longest ? (long long)expected_tokens : longest;
     long long uncached = num_tokens - depths[0] * sizes[0];
-    charge->prefilled_at = Py_NewRef(Py_None);
     charge->prediction = Py_NewRef(prediction);
     if (PyErr_Occurred() || (charge->request_id = PyObject_GetAttr(request, request_id)) == NULL ||
         (charge->frontend_id = PyObject_GetAttr(request, frontend_id)) == NULL ||

@@ -15,6 +15,7 @@ typedef struct {
     char fitted, prefill_fitted, decode_fitted;
     long long budget, beside_streams, max_seqs, chunk, links;
     double begin_s, chunk_s, token_s, attended_s, idle_chunk_s, step_s, bare_step_s, aside, idle_step_s;
+    double joined_s;
     double sequence_s, place_s, queued, sequences;
 } Costs;
 
@@ -31,7 +32,7 @@ typedef struct {
 /* See Charge in fields.py. Refers to nothing that could refer back to it. */
 typedef struct {
     PyObject_HEAD
-    PyObject *request_id, *frontend_id, *hashes, *prefilled_at, *prediction, *tpot_s;
+    PyObject *request_id, *frontend_id, *hashes, *prediction, *tpot_s;
     long long number, prefill_slot, decode_slot, tokens, prefill_blocks, decode_blocks, turn;
     double placed_at, prefill_s;
     char prefilled;

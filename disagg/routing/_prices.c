@@ -43,7 +43,8 @@ static void refresh(Costs *c, double queued, double sequences, double context, d
     if (fill > FULL)
         full_s = (fill - FULL) / (1 - FULL) * 0.25 * expected_tokens * streams_s;
     c->begin_s = running / 2 + full_s;
-    c->bare_step_s = streams_s + (batch == sequences ? c->sequence_s : 0.0) + disturbed_s;
+    c->joined_s = streams_s + (batch == sequences ? c->sequence_s : 0.0);
+    c->bare_step_s = c->joined_s + disturbed_s;
     c->aside = aside;
     c->step_s = c->bare_step_s / (1 - smaller(aside, MOST_ASIDE));
     c->idle_step_s = decode[0] + c->sequence_s;
@@ -91,11 +92,17 @@ static double chunks_of(double a, double b)
     return -(quotient - whole > 0.5 ? whole + 1.0 : whole);
 }
 
-/* WorkerCosts.first_token_s behind ahead_of(...) tokens */
-static double first_token_s(const Costs *c, double shorter, double uncached, double attended)
+/* ahead_of */
+static double ahead_of(const Costs *c, double shorter, double uncached)
 {
     double before = shorter < c->queued ? shorter : c->queued;
-    double ahead = before + smaller(c->queued - before, (before + uncached) * DUE_PART), total = ahead + uncached;
+    return before + smaller(c->queued - before, (before + uncached) * DUE_PART);
+}
+
+/* WorkerCosts.first_token_s */
+static double first_token_s(const Costs *c, double ahead, double uncached, double attended)
+{
+    double total = ahead + uncached;
     return c->begin_s + chunks_of(total, (double)c->chunk) * c->chunk_s + total * c->token_s +
            attended * c->attended_s;
 }
@@ -105,6 +112,25 @@ static double ended_by(const Costs *c, double seconds, double expected_tokens)
 {
     double life_s = expected_tokens * c->step_s, share = life_s > 0 ? smaller(1.0, seconds / life_s) : 0.0;
     return c->sequence_s * c->sequences * share;
+}
+
+/* WorkerCosts.own_s */
+static double own_s(const Costs *c, double num_tokens, double gaps)
+{
+    return c->decode[2] * (num_tokens + gaps / 2);
+}
+
+/* WorkerCosts.beside_s */
+static double beside_s(const Costs *c, double left, double gaps)
+{
+    return smaller(left / gaps, (double)c->chunk) * c->token_s;
+}
+
+/* WorkerCosts.left_after */
+static double left_after(const Costs *c, double seconds)
+{
+    double chunk = (double)c->chunk, chunk_s = c->chunk_s + chunk * c->token_s;
+    return chunk_s > 0 ? larger(0.0, c->queued - seconds * chunk / chunk_s) : 0.0;
 }
 
 double pull_seconds(const Costs *costs, double num_tokens, double num_others)
@@ -138,16 +164,19 @@ static Seconds expected(const Asked *asked)
     double wanted = (double)uncached, attended = wanted * (num_tokens - wanted / 2);
     double gaps = larger(1.0, smaller(longest, asked->expected_tokens) - 1);
     double shorter = (double)prefill->shorter[turn_of(uncached, asked->urgency)];
-    Seconds found = {first_token_s(p, shorter, wanted, attended), 0.0, d->place_s, 0.0, 0.0, 0.0};
+    double ahead = ahead_of(p, shorter, wanted);
+    Seconds found = {first_token_s(p, ahead, wanted, attended), 0.0, d->place_s, 0.0, 0.0, 0.0};
     double service_s = chunks_of(wanted, (double)p->budget) * p->idle_chunk_s + wanted * p->token_s +
                        attended * p->attended_s;
     if (prefill != decode)
         found.stall += pull_seconds(d, missing, (double)(p->links > d->links ? p->links : d->links));
     double later = larger(d->idle_step_s, d->step_s - ended_by(d, found.ttft, asked->expected_tokens));
+    double own = own_s(d, num_tokens, gaps);
+    double left = prefill == decode ? larger(0.0, d->queued - ahead) : left_after(d, found.ttft);
     found.wait_s = larger(0.0, found.ttft - service_s);
-    found.tpot = d->step_s + found.stall / gaps;
-    found.later_tpot = later + found.stall / gaps;
-    found.idle_tpot = d->idle_step_s + (found.stall - d->place_s) / gaps;
+    found.tpot = d->joined_s + own + beside_s(d, left, gaps) + found.stall / gaps;
+    found.later_tpot = later + own + found.stall / gaps;
+    found.idle_tpot = d->idle_step_s + own + (found.stall - d->place_s) / gaps;
     return found;
 }
 

@@ -85,15 +85,15 @@ class _Offer:
 
 @dataclass(slots=True)
 class _Promise:
-    """What a placed request was promised, None for nothing."""
+    """What a placed request was promised, None for nothing. waited_s: for its place."""
 
     frontend_id: str
     arrived: float
+    waited_s: float
     ttft_s: float | None
     decode_slot: int
     tpot_s: float
     slo_tpot_s: float | None
-    prefilled_at: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,25 +189,31 @@ class Admission:
         """Forget a request that waits; False where it does not."""
         return len(self.queue) > 0 and self.queue.remove(request_id) is not None
 
-    def prefilled(self, request_id: str, now: float) -> None:
-        """The request's first token is out. Unknown ids are ignored."""
-        self.router.prefilled(request_id, now)
-        promise = self._promises.get(request_id)
-        if promise is None or promise.prefilled_at is not None:
-            return
-        promise.prefilled_at = now
-        if promise.ttft_s is not None:
-            self._ttft_caution.learn(promise.ttft_s, now - promise.arrived, now)
+    def prefilled(self, request_id: str, now: float, seconds: float | None = None) -> None:
+        """The request's first token is out. Unknown ids are ignored.
 
-    def finished(self, request_id: str, now: float, num_tokens: int = 0) -> None:
-        """The request has ended, however; waiting or placed. num_tokens: of a whole answer, else 0."""
+        seconds: from when it was asked for until then, as measured by whoever asked. Nothing is learned
+        without it: words of what has happened come late, and how late they come says nothing of workers.
+        """
+        promise = self._promises.get(request_id)
+        waited = 0.0 if promise is None else promise.waited_s
+        self.router.prefilled(request_id, None if seconds is None else max(0.0, seconds - waited))
+        if promise is not None and promise.ttft_s is not None and seconds is not None:
+            self._ttft_caution.learn(promise.ttft_s, seconds, now)
+
+    def finished(
+        self, request_id: str, now: float, num_tokens: int = 0, seconds: float | None = None
+    ) -> None:
+        """The request has ended, however; waiting or placed. num_tokens: of a whole answer, else 0.
+
+        seconds: from the first token to the last, as `prefilled` has it.
+        """
         self.withdraw(request_id)
-        self.router.finished(request_id, now, num_tokens)
+        self.router.finished(request_id, num_tokens, seconds)
         promise = self._forget(request_id)
-        if promise is None or promise.prefilled_at is None or promise.ttft_s is None or num_tokens < 2:
+        if promise is None or promise.ttft_s is None or seconds is None or num_tokens < 2:
             return
-        actual = (now - promise.prefilled_at) / (num_tokens - 1)
-        self._tpot_caution.learn(promise.tpot_s, actual, now)
+        self._tpot_caution.learn(promise.tpot_s, seconds / (num_tokens - 1), now)
 
     def frontend_left(self, frontend_id: str) -> None:
         """A front end is gone, and with it all of its requests."""
@@ -349,6 +355,7 @@ class Admission:
         self._promises[request.request_id] = _Promise(
             request.frontend_id,
             arrived,
+            now - arrived,
             promised_s,
             decode,
             offer.prediction.later_tpot,

@@ -223,7 +223,7 @@ def open_charge(
     charge.prefill_blocks = -(-num_tokens // on_prefill.block_size) - prefill_depth
     charge.decode_blocks = max(0, -(-(num_tokens + answer) // on_decode.block_size) - decode_depth)
     charge.turn = turn_of(tokens, request.priority)
-    charge.prediction, charge.prefilled, charge.prefilled_at = prediction, False, None
+    charge.prediction, charge.prefilled = prediction, False
     charge.prefill_s = 0.0 if prediction is None else prediction.ttft
     on_prefill.add_prefill(charge)
     on_decode.add_decode(charge)

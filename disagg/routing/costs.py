@@ -38,8 +38,9 @@ class WorkerCosts(CostFields):
     from its prompts' tokens, of which it takes `chunk`; token_s: each of them; attended_s: each token that
     one of them attends to. idle_chunk_s: of a chunk were nobody else here.
     step_s: a decode step with one more sequence, lengthened by the share of the time (`aside`) that prompts
-    take lately; bare_step_s: without that; idle_step_s: were nobody else here; sequence_s: what a further
-    sequence adds. place_s: wait of a sequence for a place in the batch and for blocks.
+    take lately; bare_step_s: without that; joined_s: without the prompts that are queued here either;
+    idle_step_s: were nobody else here; sequence_s: what a further sequence adds. place_s: wait of a sequence
+    for a place in the batch and for blocks.
     pull: coefficients of a pull. links: hand-offs that occupy the worker's link. fitted: whether all this is
     measured; prefill_fitted, decode_fitted: whether that part is. queued, sequences: what it is worked out
     for.
@@ -53,7 +54,8 @@ class WorkerCosts(CostFields):
         self.budget = self.beside_streams = self.chunk = 512
         self.max_seqs, self.links = 1, 0
         self.begin_s = self.chunk_s = self.token_s = self.attended_s = self.idle_chunk_s = 0.0
-        self.step_s = self.bare_step_s = self.aside = self.idle_step_s = self.sequence_s = 0.0
+        self.step_s = self.bare_step_s = self.joined_s = self.aside = 0.0
+        self.idle_step_s = self.sequence_s = 0.0
         self.place_s = self.queued = self.sequences = 0.0
 
     def refresh(
@@ -91,7 +93,8 @@ class WorkerCosts(CostFields):
             full_s = (fill - FULL) / (1 - FULL) * 0.25 * expected_tokens * streams_s
         # Half of the step that runs is over when somebody comes.
         self.begin_s = running / 2 + full_s
-        self.bare_step_s = streams_s + (self.sequence_s if batch == sequences else 0.0) + disturbed_s
+        self.joined_s = streams_s + (self.sequence_s if batch == sequences else 0.0)
+        self.bare_step_s = self.joined_s + disturbed_s
         self.aside = aside
         self.step_s = self.bare_step_s / (1 - min(aside, MOST_ASIDE))
         self.idle_step_s = decode_base + self.sequence_s
@@ -110,6 +113,19 @@ class WorkerCosts(CostFields):
         """Return the same were the worker idle."""
         chunks = -(-num_tokens // self.budget)
         return chunks * self.idle_chunk_s + num_tokens * self.token_s + attended * self.attended_s
+
+    def own_s(self, num_tokens: float, gaps: float) -> float:
+        """Return what a sequence's own tokens add to its steps: those that it came with, and the answer's."""
+        return self.decode[2] * (num_tokens + gaps / 2)
+
+    def beside_s(self, left: float, gaps: float) -> float:
+        """Return what `left` tokens of prompts add to each of `gaps` steps that are taken meanwhile."""
+        return min(left / gaps, self.chunk) * self.token_s
+
+    def left_after(self, seconds: float) -> float:
+        """Return how many of the tokens that are queued here will be left to prefill after so long."""
+        chunk_s = self.chunk_s + self.chunk * self.token_s
+        return max(0.0, self.queued - seconds * self.chunk / chunk_s) if chunk_s > 0 else 0.0
 
     def pull_s(self, num_tokens: float, num_others: int) -> float:
         """Return how long it takes to pull the KV of so many tokens beside other pulls."""

@@ -44,14 +44,17 @@ def predict(
     stall = on_decode.place_s
     if prefill != decode:
         stall += on_decode.pull_s(missing, max(on_prefill.links, on_decode.links))
-    step_s = on_decode.step_s
+    own_s = on_decode.own_s(num_tokens, gaps)
+    # Of prompts that are queued where it decodes, by the time it does.
+    left = max(0.0, on_decode.queued - ahead) if prefill == decode else on_decode.left_after(ttft)
+    later_s = max(on_decode.idle_step_s, on_decode.step_s - ended_by(ttft, on_decode, view))
     raw = Prediction(
         ttft=ttft,
         wait_s=wait,
         stall=stall,
-        tpot=step_s + stall / gaps,
-        later_tpot=max(on_decode.idle_step_s, step_s - ended_by(ttft, on_decode, view)) + stall / gaps,
-        idle_tpot=on_decode.idle_step_s + (stall - on_decode.place_s) / gaps,
+        tpot=on_decode.joined_s + own_s + on_decode.beside_s(left, gaps) + stall / gaps,
+        later_tpot=later_s + own_s + stall / gaps,
+        idle_tpot=on_decode.idle_step_s + own_s + (stall - on_decode.place_s) / gaps,
         fitted=fitted,
     )
     return view.calibration.apply(raw, local=prefill == decode)

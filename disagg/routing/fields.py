@@ -27,6 +27,7 @@ class CostFields:
         "fitted",
         "idle_chunk_s",
         "idle_step_s",
+        "joined_s",
         "links",
         "max_seqs",
         "place_s",
@@ -60,6 +61,7 @@ class CostFields:
     bare_step_s: float
     aside: float
     idle_step_s: float
+    joined_s: float
     sequence_s: float
     place_s: float
     queued: float
@@ -124,8 +126,7 @@ class Charge:
     number: counts placements up. tokens: to prefill net of cached ones. prefill_blocks, decode_blocks: KV
     blocks that it is expected to take on either side. hashes: its short block hashes. turn: its class in the
     order in which a worker takes prompts, see disagg.routing.costs. prediction: made when it was placed.
-    tpot_s: its objective, None for none. prefill_s: predicted until its first token. prefilled_at: when that
-    came out, None until then.
+    tpot_s: its objective, None for none. prefill_s: predicted until its first token.
     """
 
     __slots__ = (
@@ -140,7 +141,6 @@ class Charge:
         "prefill_s",
         "prefill_slot",
         "prefilled",
-        "prefilled_at",
         "request_id",
         "tokens",
         "tpot_s",
@@ -151,7 +151,6 @@ class Charge:
     frontend_id: str
     hashes: tuple[int, ...]
     prediction: Prediction | None
-    prefilled_at: float | None
     tpot_s: float | None
     number: int
     prefill_slot: int

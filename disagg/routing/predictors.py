@@ -23,7 +23,7 @@ from disagg.types import WorkerInfo
 # queues against batches sensibly; nothing is refused or prefilled on the decode side by it.
 DEFAULT_PREFILL: Coefficients = (2e-3, 1e-3, 0.0)
 DEFAULT_DECODE: Coefficients = (1e-2, 1e-3, 1e-6)
-DEFAULT_PULL: Coefficients = (2e-3, 1e-4, 0.0)
+DEFAULT_PULL: Coefficients = (5e-3, 1e-5, 0.0)
 # Kinds live long and are fed by all their workers.
 _KIND_FORGETTING = 0.999
 # Above so many workers a kind learns from a part of them at a time: more would tell it nothing new.

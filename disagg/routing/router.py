@@ -100,41 +100,41 @@ class Router:
         self.counters[placement.policy, placement.kind.value] += 1
         return placement
 
-    def prefilled(self, request_id: str, now: float | None = None) -> None:
+    def prefilled(self, request_id: str, seconds: float | None = None) -> None:
         """The request's first token is out: its load moves to the decode worker. Unknown ids are ignored.
 
-        now: when it was, for the predictors' error.
+        seconds: from its placement until then, where that was measured.
         """
         charge = self.view.prefilled(request_id)
         if charge is None:
             return
         self._assumptions.prefilled(charge)
-        charge.prefilled_at = now
-        if now is not None and charge.prediction is not None:
-            self._note_error("ttft", charge.prediction.ttft, now - charge.placed_at, charge)
-            if charge.prediction.fitted:
-                self.view.calibration.first_token(charge.prediction, now - charge.placed_at)
+        prediction = charge.prediction
+        if seconds is None or prediction is None or not prediction.fitted:
+            return
+        self._note_error("ttft", prediction.ttft, seconds)
+        self.view.calibration.first_token(prediction, seconds)
 
-    def finished(self, request_id: str, now: float | None = None, num_tokens: int = 0) -> None:
+    def finished(self, request_id: str, num_tokens: int = 0, seconds: float | None = None) -> None:
         """The request has ended, however. Unknown ids are ignored.
 
-        now, num_tokens: when, and after how many tokens, where it ended by itself.
+        num_tokens: of the whole answer, where it ended by itself, else 0. seconds: from the first of these to
+        the last, where that was measured.
         """
         charge = self.view.finished(request_id)
         if charge is None:
             return
         self._assumptions.ended(charge)
         self.view.answered(num_tokens)
-        if num_tokens > 1 and now is not None and charge.prefilled_at is not None:
-            tpot = (now - charge.prefilled_at) / (num_tokens - 1)
-            if charge.prediction is not None:
-                self._note_error("tpot", charge.prediction.tpot, tpot, charge)
-                if charge.prediction.fitted:
-                    self.view.calibration.ended(charge.prediction, tpot, local=charge.local)
+        prediction = charge.prediction
+        if num_tokens < 2 or seconds is None or prediction is None or not prediction.fitted:
+            return
+        tpot = seconds / (num_tokens - 1)
+        self._note_error("tpot", prediction.tpot, tpot)
+        self.view.calibration.ended(prediction, tpot, local=charge.local)
 
-    def _note_error(self, name: str, predicted: float, actual: float, charge: Charge) -> None:
-        fitted = charge.prediction is not None and charge.prediction.fitted
-        if fitted and actual > 0 and len(self._errors) < MAX_ERRORS:
+    def _note_error(self, name: str, predicted: float, actual: float) -> None:
+        if actual > 0 and len(self._errors) < MAX_ERRORS:
             self._errors.append((name, predicted / actual - 1))
 
     def take_errors(self) -> list[tuple[str, float]]:

@@ -51,7 +51,8 @@ class Prediction(NamedTuple):
 
     ttft: until the first token; of it wait_s is spent behind others' work, and service_s would be left on an
     idle worker. stall: from the first token to decode's first step (transfer, and the wait for a place).
-    tpot: between tokens, the stall spread over them. later_tpot: the same by the time that prefill is done;
+    tpot: between tokens, the stall spread over them, if nobody else comes; later_tpot: with the share of the
+    time that prompts lately took there, and without the streams that will have ended when prefill is done;
     idle_tpot: were the decode worker idle.
     fitted: whether it rests on measured steps of both workers, each of its phase, or on defaults. raw: the
     same before it was corrected by how earlier ones turned out, None where nothing is known of that.

@@ -143,7 +143,8 @@ class Orchestrator:
             raise
         finally:
             ended = outcome in ("stop", "length") and not story.lost
-            self._router.finished(request.request_id, story.num_output_tokens if ended else 0)
+            num_tokens = story.num_output_tokens if ended else 0
+            self._router.finished(request.request_id, num_tokens, story.timeline.streamed_s)
             if outcome == "abort" and story.timeline.complete:
                 outcome = "stop"
             self._end(story, outcome)
@@ -432,7 +433,8 @@ class Orchestrator:
             timeline.first_token = now
             self._metrics.ttft.observe(now - timeline.arrived)
             self._metrics.prompt_tokens.inc(len(story.request.prompt_token_ids))
-            self._router.prefilled(story.request.request_id)
+            waited = now - attempt.asked if len(timeline.attempts) == 1 else 0.0
+            self._router.prefilled(story.request.request_id, waited)
         elif timeline.last_token is not None:
             timeline.second_token = timeline.second_token or now
             self._metrics.itl.observe(now - timeline.last_token)

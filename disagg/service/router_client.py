@@ -190,26 +190,38 @@ class RouterClient:
         except TimeoutError:
             return  # gone again; the caller finds out
 
-    def prefilled(self, request_id: str) -> None:
-        """The request's first token is out."""
-        self._local.prefilled(request_id)
-        self._send(request_id, router_pb2.RequestEvent.KIND_PREFILLED)
+    def prefilled(self, request_id: str, seconds: float = 0.0) -> None:
+        """The request's first token is out.
 
-    def finished(self, request_id: str, num_tokens: int = 0) -> None:
-        """The request has ended, however. num_tokens: of an answer that ended by itself."""
+        seconds: since it asked for a place, 0 where it has asked more than once.
+        """
+        self._local.prefilled(request_id)
+        self._send(request_id, router_pb2.RequestEvent.KIND_PREFILLED, seconds=seconds)
+
+    def finished(self, request_id: str, num_tokens: int = 0, seconds: float = 0.0) -> None:
+        """The request has ended, however.
+
+        num_tokens: of an answer that ended by itself. seconds: from the first of them to the last.
+        """
         self._local.finished(request_id)
         if request_id not in self._told:
             return
         self._told.discard(request_id)
-        self._send(request_id, router_pb2.RequestEvent.KIND_FINISHED, num_tokens)
+        self._send(request_id, router_pb2.RequestEvent.KIND_FINISHED, num_tokens, seconds)
 
     def _send(
-        self, request_id: str, kind: router_pb2.RequestEvent.Kind.ValueType, num_tokens: int = 0
+        self,
+        request_id: str,
+        kind: router_pb2.RequestEvent.Kind.ValueType,
+        num_tokens: int = 0,
+        seconds: float = 0.0,
     ) -> None:
         # A router to which no stream stands has dropped this front end's charges already.
         if self._stub is not None:
             self._events.append(
-                router_pb2.RequestEvent(request_id=request_id, kind=kind, num_tokens=num_tokens)
+                router_pb2.RequestEvent(
+                    request_id=request_id, kind=kind, num_tokens=num_tokens, seconds=seconds
+                )
             )
             self._events_ready.set()
 

@@ -271,10 +271,11 @@ class RouterServer(router_pb2_grpc.RouterServicer):
             self._gathering.answer(attached[0], answer.number, answer.body)
         now = self._clock()
         for event in message.events:
+            seconds = wire.measured_seconds(event)
             if event.kind == router_pb2.RequestEvent.KIND_PREFILLED:
-                self._room.prefilled(event.request_id, now)
+                self._room.prefilled(event.request_id, now, seconds)
             elif event.kind == router_pb2.RequestEvent.KIND_FINISHED:
-                self._room.finished(event.request_id, now, max(0, event.num_tokens))
+                self._room.finished(event.request_id, now, max(0, event.num_tokens), seconds)
             else:
                 raise InvalidRequestError("unknown kind of event", param="events.kind")
         self._room.settle(now)

@@ -100,6 +100,13 @@ class Timeline:
         """The attempt that runs, or ran last. Raises IndexError before the first placement."""
         return self.attempts[-1]
 
+    @property
+    def streamed_s(self) -> float:
+        """Seconds from the first token to the last, 0 where there are not two."""
+        if self.first_token is None or self.last_token is None:
+            return 0.0
+        return self.last_token - self.first_token
+
     def parts(self) -> Parts | None:
         """Return where the time went, None while there is no first token or no end.
 

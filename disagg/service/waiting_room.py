@@ -52,13 +52,13 @@ class WaitingRoom:
             if outcome is not None and not outcome.done():
                 outcome.set_result(released.outcome)
 
-    def prefilled(self, request_id: str, now: float) -> None:
+    def prefilled(self, request_id: str, now: float, seconds: float | None) -> None:
         """See Admission.prefilled."""
-        self._admission.prefilled(request_id, now)
+        self._admission.prefilled(request_id, now, seconds)
 
-    def finished(self, request_id: str, now: float, num_tokens: int) -> None:
+    def finished(self, request_id: str, now: float, num_tokens: int, seconds: float | None) -> None:
         """See Admission.finished."""
-        self._admission.finished(request_id, now, num_tokens)
+        self._admission.finished(request_id, now, num_tokens, seconds)
         outcome = self._outcomes.pop(request_id, None)
         if outcome is not None:
             outcome.cancel()

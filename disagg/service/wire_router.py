@@ -183,6 +183,11 @@ def transfers_from_proto(messages: Sequence[router_pb2.TransferSample]) -> list[
     ]
 
 
+def measured_seconds(event: router_pb2.RequestEvent) -> float | None:
+    """Return how long an event says that it took, None where it does not. Raises InvalidRequestError."""
+    return _seconds("events.seconds", event.seconds) or None
+
+
 def _seconds(name: str, value: float) -> float:
     if not 0 <= value <= _MOST_SECONDS:
         raise InvalidRequestError(

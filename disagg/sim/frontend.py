@@ -65,20 +65,21 @@ class FrontEnd:
         self.placements[placement.policy, placement.kind] += 1
         return placement
 
-    def prefilled(self, request_id: str, now: float) -> None:
+    def prefilled(self, request_id: str, now: float, seconds: float | None) -> None:
+        """See Admission.prefilled."""
         if self.admission is not None:
-            self.admission.prefilled(request_id, now)
+            self.admission.prefilled(request_id, now, seconds)
             self._settle(now)
         if self._alone is not None:
-            self._alone.prefilled(request_id, now)
+            self._alone.prefilled(request_id)
 
-    def finished(self, request_id: str, now: float, num_tokens: int) -> None:
-        """num_tokens: of the answer, 0 where it did not end by itself."""
+    def finished(self, request_id: str, now: float, num_tokens: int, seconds: float | None) -> None:
+        """See Admission.finished."""
         if self.admission is not None:
-            self.admission.finished(request_id, now, num_tokens)
+            self.admission.finished(request_id, now, num_tokens, seconds)
             self._settle(now)
         if self._alone is not None:
-            self._alone.finished(request_id, now, num_tokens)
+            self._alone.finished(request_id)
 
     def _settle(self, now: float) -> None:
         """Pass on who is let in by what has changed."""

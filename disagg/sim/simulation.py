@@ -383,7 +383,8 @@ class Simulation:
 
     def _first_token(self, story: _Story, output: StepOutput) -> None:
         records, index = self.records, story.index
-        self.frontend.prefilled(story.request_id, self.loop.now)
+        waited = None if story.lost else self.loop.now - story.request.arrival_s
+        self.frontend.prefilled(story.request_id, self.loop.now, waited)
         if story.stalled_at is not None:
             self.gaps.add(self.loop.now - story.stalled_at, 1)
             story.stalled_at = None
@@ -403,7 +404,8 @@ class Simulation:
     def _end(self, story: _Story, outcome: Outcome) -> None:
         records, done = self.records, outcome is Outcome.DONE and not story.lost
         num_tokens = story.request.output_tokens if done else 0
-        self.frontend.finished(story.request_id, self.loop.now, num_tokens)
+        streamed = self.loop.now - records.first_token[story.index] if done else None
+        self.frontend.finished(story.request_id, self.loop.now, num_tokens, streamed)
         records.end(story.index, outcome, self.loop.now)
         ended = records.num_ended
         self.loop.stopped = ended == len(records)

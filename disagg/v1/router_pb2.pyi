@@ -608,20 +608,26 @@ class RequestEvent(_message.Message):
     REQUEST_ID_FIELD_NUMBER: _builtins.int
     KIND_FIELD_NUMBER: _builtins.int
     NUM_TOKENS_FIELD_NUMBER: _builtins.int
+    SECONDS_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     kind: Global___RequestEvent.Kind.ValueType
     num_tokens: _builtins.int
     """On KIND_FINISHED: tokens of the answer, 0 where it did not end by itself."""
+    seconds: _builtins.float
+    """On the front end's clock, 0 where it can't tell: on KIND_PREFILLED from its question for a place to the first
+    token, on KIND_FINISHED from there to the last one.
+    """
     def __init__(
         self,
         *,
         request_id: _builtins.str = ...,
         kind: Global___RequestEvent.Kind.ValueType = ...,
         num_tokens: _builtins.int = ...,
+        seconds: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["kind", b"kind", "num_tokens", b"num_tokens", "request_id", b"request_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["kind", b"kind", "num_tokens", b"num_tokens", "request_id", b"request_id", "seconds", b"seconds"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -100,8 +100,8 @@ def test_late_answers_under_load_put_no_objective_out_of_reach() -> None:
     gate = admission(backlog_s=60.0)
     for number in range(40):
         gate.ask(request(f"late{number}", 100 + number), 0.0)
-        gate.prefilled(f"late{number}", 3.0 + 0.001 * number)
-        gate.finished(f"late{number}", 60.0, 30)
+        gate.prefilled(f"late{number}", 3.0, 3.0 + 0.001 * number)
+        gate.finished(f"late{number}", 60.0, 30, 57.0)
     asked = request("probe", 100, slo_ttft_s=0.8, slo_tpot_s=0.2)
     _, prediction = gate.router.consider(asked)
     assert prediction.service_s > 0.8 and prediction.idle_tpot > 0.2, "else this tests nothing"

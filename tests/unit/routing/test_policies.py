@@ -160,7 +160,7 @@ def test_splitwise_lends_workers_for_bursts_and_takes_them_back() -> None:
     (left,) = {"decode-0", "decode-1", "decode-2"} - lent
     assert made.place(request("short", 100), 0.0).decode_worker == left
     for number in range(5):
-        made.prefilled(f"r{number}", 1.0)
+        made.prefilled(f"r{number}")
     later = [made.place(request(f"later-{i}", 100), 1.0) for i in range(3)]
     assert {p.prefill_worker for p in later} == {"prefill-0"}
     assert {p.decode_worker for p in later} != {left}

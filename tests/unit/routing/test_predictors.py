@@ -95,10 +95,41 @@ def test_predictions_follow_measured_steps_and_their_error_is_told() -> None:
     ttft, tpot = placement.prediction.ttft, placement.prediction.tpot
     assert ttft == pytest.approx(seconds(400, 80_000), rel=0.3)
     assert tpot == pytest.approx(0.011, rel=0.3)
-    made.prefilled("r", 10.0 + ttft * 2)
-    made.finished("r", 10.0 + ttft * 2 + 100 * tpot, 101)
+    made.prefilled("r", ttft * 2)
+    made.finished("r", 101, 100 * tpot)
     errors = dict(made.take_errors())
     assert errors == {"ttft": pytest.approx(-0.5), "tpot": pytest.approx(0.0, abs=1e-6)}
+    assert made.take_errors() == []
+
+
+def test_a_sequence_pays_for_its_own_context() -> None:
+    made = profiled(prefill=1, decode=1)
+    short, long = (made.consider(request("r", tokens, max_new_tokens=101))[1].tpot for tokens in (16, 4016))
+    assert long - short == pytest.approx(4000 * 1e-7, rel=0.05)
+
+
+def test_prompts_that_are_done_before_a_hand_over_do_not_count_against_it() -> None:
+    """Queued on the decode worker, and computed there while the prefill worker has the newcomer."""
+    quiet, busy = (profiled(prefill=1, decode=1) for _ in range(2))
+    load = WorkerLoad(num_running=1, num_waiting=1, waiting_tokens=1500)
+    busy.worker_report(report("decode-0", DECODE, load=load), 0.1)
+    more = {}
+    for tokens in (2000, 200):
+        wanted = request("r", tokens, max_new_tokens=101)
+        (_, alone), (choice, beside) = (made.consider(wanted) for made in (quiet, busy))
+        assert choice.prefill != choice.decode
+        more[tokens] = beside.tpot - beside.stall / 100 - alone.tpot
+    # Two more streams in its batch either way; and of the prompts what is left after the shorter one's 0.06 s.
+    assert more[2000] == pytest.approx(2e-3, rel=0.3)
+    assert more[200] > more[2000] + 2e-3
+
+
+def test_what_was_not_measured_teaches_nothing() -> None:
+    """As where a hand-over went to another worker: the first token was out before it was placed there."""
+    made = profiled(prefill=1, decode=1)
+    made.place(request("r", 400, max_new_tokens=101), 10.0)
+    made.prefilled("r")
+    made.finished("r", 101)
     assert made.take_errors() == []
 
 
@@ -106,7 +137,7 @@ def test_nothing_is_said_of_predictions_that_rest_on_no_measurement() -> None:
     made = router("slo", prefill=1, decode=1)
     made.place(request("r"), 0.0)
     made.prefilled("r", 1.0)
-    made.finished("r", 2.0, 10)
+    made.finished("r", 10, 1.0)
     assert made.take_errors() == []
 
 
@@ -130,8 +161,8 @@ def test_what_every_prediction_leaves_out_is_learned() -> None:
         assert prediction is not None
         raw = prediction.raw or prediction
         # Streams and loops add 30 ms to every first token, and a fifth to the time between tokens.
-        made.prefilled(name, now + raw.ttft + 0.03)
-        made.finished(name, now + raw.ttft + 0.03 + 100 * 1.2 * raw.tpot, 101)
+        made.prefilled(name, raw.ttft + 0.03)
+        made.finished(name, 101, 100 * 1.2 * raw.tpot)
     made.take_errors()
     prediction = made.place(request("last", 400, max_new_tokens=101), 5000.0).prediction
     assert prediction is not None and prediction.raw is not None

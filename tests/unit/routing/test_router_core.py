@@ -85,10 +85,10 @@ class Story:
             elif kind < 0.7:
                 self.place(number)
             elif self.alive and kind < 0.85:
-                self.router.prefilled(self.rng.choice(self.alive), self.now)
+                self.router.prefilled(self.rng.choice(self.alive), self.rng.random())
             elif self.alive and kind < 0.98:
                 ended = self.alive.pop(self.rng.randrange(len(self.alive)))
-                self.router.finished(ended, self.now, self.rng.randrange(40))
+                self.router.finished(ended, self.rng.randrange(40), 5 * self.rng.random())
             elif self.rng.random() < 0.5:
                 gone = self.rng.randrange(len(self.roles))
                 self.router.worker_left(f"w{gone}", "one")

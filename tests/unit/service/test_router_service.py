@@ -14,7 +14,13 @@ import pytest
 from disagg.config import RouterConfig
 from disagg.errors import InvalidRequestError, NoCapacityError, WorkerLostError
 from disagg.hashing import chain_root, next_hash, short_hash
-from disagg.routing.types import BlockEvents, PlacementKind, PlacementRequest
+from disagg.routing.types import (
+    BlockEvents,
+    PlacementKind,
+    PlacementRequest,
+    StepSample,
+    WorkerReport,
+)
 from disagg.rpc import cluster_channel, secret_metadata
 from disagg.service import wire_router as wire
 from disagg.service.membership import WorkerMembership
@@ -134,12 +140,32 @@ async def test_join_attach_place_finish(setup: Setup) -> None:
     assert placement.kind is PlacementKind.DISAGGREGATED and placement.policy == "slo"
     routed = setup.server.router.view
     assert routed.charges_of("p")["tokens"] == 100
-    client.prefilled("r")
+    client.prefilled("r", 0.2)
     await until(lambda: routed.charges_of("p")["tokens"] == 0)
     assert routed.charges_of("d")["sequences"] == 1
-    client.finished("r")
+    client.finished("r", 5, 0.4)
     await until(lambda: routed.num_charges == 0)
     assert client.stale_placements == 0
+
+
+async def test_the_router_learns_from_what_the_front_end_measured(setup: Setup) -> None:
+    """Not from when it heard of it: a busy machine delivers words late."""
+    client = await pair(setup)
+    steps = [StepSample(1e-3 * count, count, count * count // 2) for count in (16, 64, 128)] * 4
+    steps += [StepSample(0.01, num_decodes=1, context=100)] * 8
+    router = setup.server.router
+    for state in list(router.view.workers.values()):
+        router.worker_report(WorkerReport(state.info, state.status, steps=steps), 0.0)
+    await client.place(request("r"))
+    predicted = router.consider(request("same"))[1]
+    assert predicted.fitted
+    client.prefilled("r", 20.0)
+    client.finished("r", 5, 8.0)
+    await until(lambda: router.view.num_charges == 0)
+    errors = dict(router.take_errors())
+    assert errors.keys() == {"ttft", "tpot"}
+    assert errors["ttft"] == pytest.approx(predicted.ttft / 20 - 1, abs=0.02)
+    assert errors["tpot"] == pytest.approx(predicted.tpot / 2 - 1, abs=0.02)
 
 
 async def test_peers_see_each_other_and_a_cut_stream_is_seen_at_once(setup: Setup) -> None:
