@@ -119,7 +119,7 @@ def test_prompts_that_are_done_before_a_hand_over_do_not_count_against_it() -> N
         (_, alone), (choice, beside) = (made.consider(wanted) for made in (quiet, busy))
         assert choice.prefill != choice.decode
         more[tokens] = beside.tpot - beside.stall / 100 - alone.tpot
-    # Two more streams in its batch either way; and of the prompts what is left after the shorter one's 0.06 s.
+    # Two more streams in its batch either way; of the prompts what is left after the shorter one, 0.06 s.
     assert more[2000] == pytest.approx(2e-3, rel=0.3)
     assert more[200] > more[2000] + 2e-3
 
