@@ -42,6 +42,7 @@ from disagg.config import EngineConfig, Quantization
 from disagg.engine.engine import Engine
 from disagg.engine.runner import Batch
 from disagg.model.config import ModelSpec
+from disagg.model.large_tensors import large_zeros
 from disagg.model.native.decoder import NativeDecoder
 from disagg.model.runner import ModelRunner, load_runner
 from disagg.types import Request, SampledToken, SamplingParams
@@ -152,7 +153,8 @@ class Rates:
     def measure(self) -> None:
         a, b = torch.randn(1536, 1536), torch.randn(1536, 1536)
         self.operations.append(2 * 1536**3 / min(timed(lambda: a @ b) for _ in range(4)))
-        x = torch.empty(32 << 20).fill_(1.0)
+        # On large pages, as our weights are: on small ones a plain read is slower, and no limit.
+        x = large_zeros((32 << 20,), torch.float32).fill_(1.0)
         self.read.append(x.nbytes / min(timed(x.sum) for _ in range(4)))
 
     def seconds(self, operations: float, num_bytes: float) -> float:

@@ -12,6 +12,7 @@ import asyncio
 import logging
 import os
 import socket
+import threading
 import uuid
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, replace
@@ -45,6 +46,21 @@ logger = logging.getLogger(__name__)
 
 # In-flight streams get this long to close when a worker is told to stop.
 STOP_GRACE_S = 0.5
+# A start waits for so long at the most until the cache has its memory: a second takes about a GiB.
+POPULATE_WAIT_S = 2.0
+_LOWEST_PRIORITY = 19
+
+
+def _populate(segment: SharedSegment) -> threading.Thread:
+    """Begin to take a segment's memory near this thread's cores, giving way to whoever computes."""
+
+    def run() -> None:
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _LOWEST_PRIORITY)
+        segment.populate()
+
+    thread = threading.Thread(target=run, name="populate", daemon=True)
+    thread.start()
+    return thread
 
 
 def stages(device: torch.device) -> bool:
@@ -124,6 +140,7 @@ class WorkerProcess:
         segment = SharedSegment.create(num_blocks, layout.block_bytes, seal=False)
         # The model's threads start here, and stay on the cores on which this one is pinned meanwhile.
         with self._cores.pinned():
+            populating = _populate(segment)
             runner = load_runner(
                 model.folder,
                 engine_config,
@@ -138,6 +155,8 @@ class WorkerProcess:
                 rank_cores=[self._cores.rank_cores(rank) for rank in range(self._num_ranks)],
             )
         segment.seal()
+        # A profile beside it would measure both; but what is large may go on while the first requests come.
+        populating.join(POPULATE_WAIT_S)
         return segment, runner
 
     def _load_on_device(self, device: torch.device) -> tuple[SharedSegment, ModelRunner]:

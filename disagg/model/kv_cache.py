@@ -17,6 +17,7 @@ from torch import Tensor
 from disagg.config import EngineConfig
 from disagg.errors import ConfigError
 from disagg.model.config import ModelSpec
+from disagg.model.large_tensors import large_zeros
 from disagg.model.shard import Span
 from disagg.types import KVLayout
 
@@ -122,7 +123,12 @@ class KVCache:
         stored, first = (heads.length, 0) if buffer is None else (heads.total, heads.start)
         shape = (num_blocks, layout.num_layers, 2, stored, layout.block_size, layout.head_dim)
         if buffer is None:
-            whole = torch.zeros(shape, dtype=self.dtype, device=device)
+            on_cpu = torch.device(device).type == "cpu"
+            whole = (
+                large_zeros(shape, self.dtype)
+                if on_cpu
+                else torch.zeros(shape, dtype=self.dtype, device=device)
+            )
         else:
             whole = _over(buffer, num_blocks * layout.block_bytes).view(self.dtype).view(shape)
         self.blocks = whole[:, :, :, first : first + heads.length]

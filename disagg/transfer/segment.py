@@ -27,6 +27,7 @@ import numpy as np
 import numpy.typing as npt
 
 from disagg.errors import ConfigError, KVLostError
+from disagg.pages import populate, prefer_large_pages
 from disagg.v1 import worker_pb2
 
 Blocks = npt.NDArray[np.uint8]
@@ -40,6 +41,8 @@ _HEADER = struct.Struct(f"<8s{_NONCE_BYTES}sQQ")
 _FIXED_SIZE = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW
 # linux/fcntl.h; Python names it from 3.14 on.
 _F_SEAL_FUTURE_WRITE = 0x0010
+# Taken at a time by `populate`, which looks after each whether to go on.
+_POPULATE_BYTES = 8 * 1024 * 1024
 
 
 class SharedSegment:
@@ -56,6 +59,7 @@ class SharedSegment:
         self.rows = _row_view(memory, num_blocks, block_bytes)
         self.blocks = self.rows[:num_blocks]
         self.canary = self.rows[num_blocks]
+        prefer_large_pages(self.rows.ctypes.data, self.rows.nbytes)
 
     @classmethod
     def create(cls, num_blocks: int, block_bytes: int, *, seal: bool = True) -> SharedSegment:
@@ -98,6 +102,18 @@ class SharedSegment:
         """Let nobody else map it writable from now on: call it before any peer may know of it."""
         if self._fd is not None:
             _seal(self._fd)
+
+    def populate(self) -> None:
+        """Take all of the segment's memory now, on whatever thread, until that is done or `close` is called.
+
+        Pages are taken from the cores that this thread may run on. Systems that can't do so take each page
+        when it is first written, in the middle of somebody's prompt or hand-off.
+        """
+        first, size = self.rows.ctypes.data - mmap.PAGESIZE, self.rows.nbytes + mmap.PAGESIZE
+        for start in range(0, size, _POPULATE_BYTES):
+            length = min(_POPULATE_BYTES, size - start)
+            if self._fd is None or not populate(first + start, length):
+                return
 
     def describe(self) -> worker_pb2.SharedSegment:
         """Return what a peer needs to map the segment. Raises KVLostError after close."""

@@ -15,7 +15,7 @@ PACKAGE = ROOT / "disagg"
 
 # Left to right. Names in one group are siblings and do not import each other.
 LAYERS: list[set[str]] = [
-    {"types", "errors", "config", "hashing", "v1", "rpc", "tls"},
+    {"types", "errors", "config", "hashing", "v1", "rpc", "tls", "pages"},
     {"engine", "routing", "workload"},
     {"model", "transfer", "service", "tinymodel"},
     {"cluster", "offline", "sim"},

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from disagg.model.large_tensors import large_copy
 from disagg.model.native.library import Weight
 
 PANEL = 16
@@ -103,10 +104,10 @@ def quantize_int4(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 def _panels(weight: Tensor) -> Tensor:
     """[n, k] to [n / 16, k, 16]."""
-    return weight.view(-1, PANEL, weight.shape[1]).transpose(1, 2).contiguous()
+    return large_copy(weight.view(-1, PANEL, weight.shape[1]).transpose(1, 2))
 
 
 def _pack_nibbles(levels: Tensor) -> Tensor:
     """Int8 [p, k, 16] to uint8 [p, ceil(k / 2), 16]: even k in the low half, odd in the high."""
     even = F.pad(levels, (0, 0, 0, levels.shape[1] % 2)).view(torch.uint8)
-    return (even[:, 0::2] & 0xF) | (even[:, 1::2] << 4)
+    return large_copy((even[:, 0::2] & 0xF) | (even[:, 1::2] << 4))

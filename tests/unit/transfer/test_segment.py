@@ -241,3 +241,31 @@ def test_host_id_without_proc_is_nobody_elses(monkeypatch: pytest.MonkeyPatch) -
 
     monkeypatch.setattr(os, "readlink", missing)
     assert host_id() != host_id()
+
+
+def taken(segment: SharedSegment) -> int:
+    """Return how many bytes of a segment the system has given."""
+    descriptor, _ = segment.file
+    return os.fstat(descriptor).st_blocks * 512
+
+
+def test_a_segment_takes_memory_as_it_is_used_or_all_of_it_at_once() -> None:
+    segment = SharedSegment.create(1000, 65536)
+    segment.blocks[7] = 9
+    assert taken(segment) < 1 << 21
+    segment.populate()
+    if taken(segment) < 1 << 21:
+        pytest.skip("the system can't take pages at once")
+    assert taken(segment) >= 1000 * 65536
+    assert (segment.blocks[7] == 9).all() and not segment.blocks[8:].any()
+
+
+def test_a_closed_segment_takes_no_more_memory() -> None:
+    segment = SharedSegment.create(1000, 65536)
+    descriptor = os.dup(segment.file[0])
+    try:
+        segment.close()
+        segment.populate()
+        assert os.fstat(descriptor).st_blocks * 512 < 1 << 21
+    finally:
+        os.close(descriptor)
