@@ -187,6 +187,26 @@ void tile(const float* a, long lda, const float* b, long ldb, float* c, long ldc
     }
 }
 
+// As tile, over PANELS panels side by side, `stride` floats apart: the few sums of one panel alone would wait for
+// each other at every k.
+template <int ROWS, int PANELS>
+void tile_f32(const float* a, long lda, const float* b, long stride, float* c, long ldc, int depth, bool first) {
+    vec acc[PANELS * 2][ROWS];
+    for (int p = 0; p < PANELS * 2; p++)
+        for (int m = 0; m < ROWS; m++) acc[p][m] = first ? splat(0.0f) : load(c + m * ldc + p * LANES);
+    for (int k = 0; k < depth; k++, b += NR)
+        for (int p = 0; p < PANELS; p++) {
+            const vec b0 = load(b + p * stride), b1 = load(b + p * stride + LANES);
+            for (int m = 0; m < ROWS; m++) {
+                const vec x = splat(a[m * lda + k]);
+                acc[p * 2][m] += x * b0;
+                acc[p * 2 + 1][m] += x * b1;
+            }
+        }
+    for (int p = 0; p < PANELS * 2; p++)
+        for (int m = 0; m < ROWS; m++) store(c + m * ldc + p * LANES, acc[p][m]);
+}
+
 // Any number of rows over one block of a panel; `next` is the block that will be read after it. The first
 // tile waits for memory (the prefetch of the CPU alone left a third of the bandwidth unused), the last one
 // brings the next block in while it computes.
@@ -320,12 +340,17 @@ void panels_product(const Weight& w, int begin, int end, const float* a, float* 
                     float* unpacked) {
     for (int panel = begin; panel < end; panel++) {
         float* to = c + panel * NR;
-        const bool two = w.kind != F32 && rows <= 2 && panel + 1 < end;
+        // One row of floats alone is as fast as memory is.
+        const bool two = rows <= 2 && rows > (w.kind == F32) && panel + 1 < end;
         const float* block = a;
         for (int k0 = 0; k0 < w.k; k0 += KC) {
             const int depth = w.k - k0 < KC ? w.k - k0 : KC;
             const long lda = lda_of(depth);
-            if (w.kind == F32) {
+            if (w.kind == F32 && two) {
+                const long size = static_cast<long>(w.k) * NR;
+                const float* b = static_cast<const float*>(w.data) + panel * size + k0 * NR;
+                tile_f32<2, 2>(block, lda, b, size, to, ldc, depth, k0 == 0);
+            } else if (w.kind == F32) {
                 const float* b = static_cast<const float*>(w.data) + (static_cast<long>(panel) * w.k + k0) * NR;
                 rows_of_tiles(block, lda, b, NR, to, ldc, rows, depth, k0 == 0, b + depth * NR);
             } else if (two) {
