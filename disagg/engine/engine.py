@@ -35,8 +35,8 @@ __all__ = ["DEADLINE_EXCEEDED", "Counters", "Engine", "Progress", "Reservation"]
 class Progress:
     """How far a sequence has come that is to be held.
 
-    epoch: how often its blocks were taken from it. block_ids: those that are whole and computed or, if
-    complete, all that cover its computed tokens: it is held.
+    epoch: how often its blocks were taken from it. block_ids: those that are whole and computed (none may be
+    where it has just begun) or, if complete, all that cover its computed tokens: it is held.
     """
 
     request_id: str
@@ -85,6 +85,7 @@ class Engine:
         self._sequences: dict[str, Sequence] = {}
         self._num_held = 0
         self._progress: dict[str, Progress] = {}
+        self._on_scheduled: Callable[[], None] = _nothing
         # A heap with an entry for each request that has a deadline; those of ended ones are dropped lazily.
         self._deadlines: list[tuple[float, str]] = []
 
@@ -202,6 +203,12 @@ class Engine:
         """
         self._scheduler.on_hold_lost = callback
 
+    def on_scheduled(self, callback: Callable[[], None]) -> None:
+        """Have `callback` called on the stepping thread when a step was scheduled and before it is computed:
+        reservations and beginnings need not wait for its end to be told.
+        """
+        self._on_scheduled = callback
+
     def take_progress(self) -> list[Progress]:
         """Return how far requests to be held have come, of those that got on since the last call."""
         progress = list(self._progress.values())
@@ -262,6 +269,7 @@ class Engine:
         """
         expired = self.expire(now)
         batch = self.schedule(now)
+        self._on_scheduled()
         if not batch.items:
             return expired
         try:
@@ -293,7 +301,13 @@ class Engine:
 
     def schedule(self, now: float) -> Batch:
         """Return the next batch, which may be empty. Each batch must go to `update` or `fail`."""
-        return self._scheduler.schedule(now)
+        batch = self._scheduler.schedule(now)
+        for item in batch.items:
+            seq = item.seq
+            if seq.hold and seq.announced_epoch != seq.num_preemptions:
+                seq.announced_epoch = seq.num_preemptions
+                self._note_progress(seq)
+        return batch
 
     def update(self, batch: Batch, sampled: SequenceOf[SampledToken | None], now: float) -> list[StepOutput]:
         """Account for a batch that was run; `sampled` is aligned with its items."""
@@ -412,6 +426,10 @@ class Engine:
         for seq in self._sequences.values():
             owners.update(seq.block_table)
         return owners
+
+
+def _nothing() -> None:
+    """Stand in for whoever has not asked to be told."""
 
 
 def _output(

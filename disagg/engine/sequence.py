@@ -45,6 +45,7 @@ class Sequence:
 
     __slots__ = (
         "added_at",
+        "announced_epoch",
         "arrival_order",
         "awaits_token",
         "block_hashes",
@@ -99,6 +100,8 @@ class Sequence:
         self.due = now + (DEFAULT_TTFT_S if request.slo_ttft_s is None else request.slo_ttft_s)
         self.arrival_order = 0
         self.num_preemptions = 0
+        # Of one that is to be held: that in which a peer was last told that it is being computed.
+        self.announced_epoch = -1
         self.added_at = now
         self.first_scheduled_at: float | None = None
         # A runner may keep what it derived from the sequence (penalty counts, a slot in a GPU table) here.

@@ -59,7 +59,7 @@ class KVPuller(Protocol):
         ...
 
     async def started(self, handle: KVHandle) -> None:
-        """Return once some of the handle's blocks are computed. Raises as pull does."""
+        """Return once the handle's blocks are being computed. Raises as pull does."""
         ...
 
     async def pull(self, handle: KVHandle, first_block: int, local_block_ids: Sequence[int]) -> PullResult:
@@ -192,7 +192,7 @@ class KVReceiver:
         return True
 
     async def _peer_begun(self, incoming: Incoming) -> None:
-        """Wait until blocks can be pulled, or the token is there; a peer that can't be asked is no reason."""
+        """Wait until the peer computes, or the token is there; a peer that can't be asked is no reason."""
         begun = asyncio.ensure_future(self._puller.started(incoming.handle))
         try:
             either: set[asyncio.Future[Any]] = {begun, incoming.token}

@@ -135,6 +135,7 @@ class Worker(worker_pb2_grpc.WorkerServicer):
         self._on_engine_thread = on_engine_thread
         self._engine = engine
         engine.on_hold_lost(publisher.withdraw)
+        engine.on_scheduled(self._on_scheduled)
         self._publisher = publisher
         self._puller = puller
         self._reporter = reporter
@@ -245,6 +246,12 @@ class Worker(worker_pb2_grpc.WorkerServicer):
             self._to_loop(self._after_step, self._step_report([]))
         return True
 
+    def _on_scheduled(self) -> None:
+        """Tell before the step what need not wait for its end: peers may pull while it is computed."""
+        reservations, progress = self._engine.take_reservations(), self._engine.take_progress()
+        if reservations or progress:
+            self._to_loop(self._tell_peers, reservations, progress)
+
     def _step_report(self, outputs: list[StepOutput], step_s: float | None = None) -> _StepReport:
         events = self._engine.block_events()
         return _StepReport(
@@ -274,14 +281,19 @@ class Worker(worker_pb2_grpc.WorkerServicer):
         else:
             self.stopped.set_exception(error)
 
+    def _tell_peers(self, reservations: list[Reservation], progress: list[Progress]) -> None:
+        for reservation in reservations:
+            self._reserved(reservation)
+        for step in progress:
+            self._publisher.progress(step.request_id, step.epoch, step.block_ids, complete=step.complete)
+
     def _after_step(self, report: _StepReport) -> None:
         # Reservations first: one that needed no copy runs already, and may even have ended in this step.
         for reservation in report.reservations:
             self._reserved(reservation)
         for output in report.outputs:
             self._forward(output)
-        for step in report.progress:
-            self._publisher.progress(step.request_id, step.epoch, step.block_ids, complete=step.complete)
+        self._tell_peers([], report.progress)
         self.load = report.load
         self._metrics.observe_engine(report.load, self._engine_counters())
         if report.step_s is not None:

@@ -132,7 +132,7 @@ class KVTransferClient:
     # -- pulling -------------------------------------------------------------------------------------
 
     async def started(self, handle: KVHandle) -> None:
-        """Return once some of the handle's blocks are computed.
+        """Return once its owner computes the handle's blocks.
 
         Raises KVLostError, also where nobody opens such a lease soon, or LayoutMismatchError.
         """
@@ -140,9 +140,9 @@ class KVTransferClient:
             connection = await self._connections.connect((handle.worker_id, handle.incarnation))
             epoch = UNKNOWN_EPOCH
             while True:
-                located = await self._locate(connection, handle, 0, epoch)
+                located = await self._locate(connection, handle, 0, epoch, until_begun=True)
                 epoch = located.epoch
-                if located.block_ids or located.complete:
+                if located.begun:
                     return
                 await asyncio.sleep(NO_NEWS_DELAY_S)
 
@@ -261,10 +261,20 @@ class KVTransferClient:
         pull.busy_s += time.monotonic() - began
 
     async def _locate(
-        self, connection: Connection, handle: KVHandle, first_block: int, epoch: int
+        self,
+        connection: Connection,
+        handle: KVHandle,
+        first_block: int,
+        epoch: int,
+        *,
+        until_begun: bool = False,
     ) -> worker_pb2.LocateResponse:
         request = worker_pb2.LocateRequest(
-            handle=handle_to_proto(handle), first_block=first_block, wait_s=self._wait_s, epoch=epoch
+            handle=handle_to_proto(handle),
+            first_block=first_block,
+            wait_s=self._wait_s,
+            epoch=epoch,
+            until_begun=until_begun,
         )
         async with asyncio.timeout(self._timeout_s):
             return await answered(connection.stub.Locate(request, metadata=self._connections.metadata))

@@ -40,11 +40,12 @@ class LeaseState(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Published:
-    """Blocks that can be read in one epoch. complete: there will be no more."""
+    """Blocks that can be read in one epoch. complete: there will be no more. begun: some are computed now."""
 
     epoch: int = 0
     block_ids: tuple[int, ...] = ()
     complete: bool = False
+    begun: bool = False
 
 
 @dataclass(slots=True)
@@ -109,7 +110,8 @@ class LeaseTable:
     def progress(
         self, request_id: str, epoch: int, block_ids: Sequence[int], *, complete: bool, now: float
     ) -> bool:
-        """Let the blocks be read that are computed by now; with `complete` the lease is LIVE and time runs.
+        """Let the blocks be read that are computed by now, if any; with `complete` the lease is LIVE and time
+        runs.
 
         Does nothing, and returns False, where the blocks were taken back since (another epoch has begun), or
         the lease is gone or LIVE.
@@ -117,7 +119,7 @@ class LeaseTable:
         lease = self._leases.get(request_id)
         if lease is None or lease.expires is not None or lease.epoch != epoch:
             return False
-        lease.published = Published(epoch, tuple(block_ids), complete)
+        lease.published = Published(epoch, tuple(block_ids), complete, begun=True)
         if complete:
             lease.expires = now + self._lease_s
         return True

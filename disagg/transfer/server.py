@@ -137,7 +137,10 @@ class KVTransferService(worker_pb2_grpc.KVTransferServicer):
         return KVHandle(self._worker_id, self._incarnation, request_id, key, num_tokens)
 
     def progress(self, request_id: str, epoch: int, block_ids: Sequence[int], *, complete: bool) -> None:
-        """Let peers read what is computed by now. epoch: how often `withdraw` was called for it before."""
+        """Let peers read what is computed by now, or know that it is begun.
+
+        epoch: how often `withdraw` was called for it before.
+        """
         if self._leases.progress(request_id, epoch, block_ids, complete=complete, now=self._clock()):
             self._arm()
             self._tell(request_id)
@@ -251,10 +254,14 @@ class KVTransferService(worker_pb2_grpc.KVTransferServicer):
         if current.complete or not patient:
             rows = self._from(current.block_ids, request.first_block, complete=current.complete)
         elif current.epoch == request.epoch and len(current.block_ids) <= request.first_block:
-            return None
+            if not (request.until_begun and current.begun):
+                return None
+            rows = ()
         else:
             rows = current.block_ids[request.first_block :]
-        return worker_pb2.LocateResponse(block_ids=rows, epoch=current.epoch, complete=current.complete)
+        return worker_pb2.LocateResponse(
+            block_ids=rows, epoch=current.epoch, complete=current.complete, begun=current.begun
+        )
 
     async def _wait_for_news(self, request_id: str, seconds: float) -> None:
         news = self._news.setdefault(request_id, asyncio.Event())

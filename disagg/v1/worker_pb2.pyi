@@ -617,11 +617,14 @@ class LocateRequest(_message.Message):
     FIRST_BLOCK_FIELD_NUMBER: _builtins.int
     WAIT_S_FIELD_NUMBER: _builtins.int
     EPOCH_FIELD_NUMBER: _builtins.int
+    UNTIL_BEGUN_FIELD_NUMBER: _builtins.int
     first_block: _builtins.int
     wait_s: _builtins.float
     """How long to wait for a block from `first_block` on, for the lease to be opened, or for another epoch."""
     epoch: _builtins.int
     """The last that the puller heard of."""
+    until_begun: _builtins.bool
+    """Whether it is enough that the owner computes the blocks now, without any yet."""
     @_builtins.property
     def handle(self) -> Global___KVHandle: ...
     def __init__(
@@ -631,10 +634,11 @@ class LocateRequest(_message.Message):
         first_block: _builtins.int = ...,
         wait_s: _builtins.float = ...,
         epoch: _builtins.int = ...,
+        until_begun: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["handle", b"handle"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "first_block", b"first_block", "handle", b"handle", "wait_s", b"wait_s"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "first_block", b"first_block", "handle", b"handle", "until_begun", b"until_begun", "wait_s", b"wait_s"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -647,10 +651,13 @@ class LocateResponse(_message.Message):
     BLOCK_IDS_FIELD_NUMBER: _builtins.int
     EPOCH_FIELD_NUMBER: _builtins.int
     COMPLETE_FIELD_NUMBER: _builtins.int
+    BEGUN_FIELD_NUMBER: _builtins.int
     epoch: _builtins.int
     """How often the owner took blocks back, see disagg/transfer/leases.py."""
     complete: _builtins.bool
     """All that will ever come is there."""
+    begun: _builtins.bool
+    """The owner computes, or has computed, blocks in this epoch."""
     @_builtins.property
     def block_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Of the blocks that are computed, from first_block on."""
@@ -661,10 +668,11 @@ class LocateResponse(_message.Message):
         block_ids: _abc.Iterable[_builtins.int] | None = ...,
         epoch: _builtins.int = ...,
         complete: _builtins.bool = ...,
+        begun: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_ids", b"block_ids", "complete", b"complete", "epoch", b"epoch"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["begun", b"begun", "block_ids", b"block_ids", "complete", b"complete", "epoch", b"epoch"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

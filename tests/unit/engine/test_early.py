@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from engine_fakes import make_engine, make_request, prompt_of, run_until_idle, tokens_of
+from engine_fakes import BLOCK_SIZE, make_engine, make_request, prompt_of, run_until_idle, tokens_of
 
 from disagg.engine.engine import DEADLINE_EXCEEDED, Engine
 from disagg.types import FinishReason, Request
@@ -172,3 +172,32 @@ def test_a_held_requests_loss_is_told_before_its_blocks_are_free():
     engine.release("r")
     assert lost == [("r", 4), ("r", 4)]
     assert drained(engine)
+
+
+def test_a_step_tells_what_it_reserved_and_began_before_it_is_computed(monkeypatch: pytest.MonkeyPatch):
+    engine, runner = make_engine(budget=8)
+    prompt = prompt_of(20, 3)
+    engine.add(make_request("before", prompt), now=0.0, hold=True)
+    run_until_idle(engine)
+    engine.release("before")
+    engine.take_progress()
+    told: list[object] = []
+    execute = runner.execute
+    monkeypatch.setattr(runner, "execute", lambda batch: [told.append("computed"), execute(batch)][1])
+
+    def scheduled() -> None:
+        told.append(
+            [(item.request_id, len(item.block_ids), item.complete) for item in engine.take_progress()]
+        )
+        told.append([item.request_id for item in engine.take_reservations()])
+
+    engine.on_scheduled(scheduled)
+    # Its first 16 tokens are cached, and can be had at once.
+    engine.add(make_request("r", [*prompt[:16], *prompt_of(15, 4)]), now=0.0, hold=True)
+    add_early(engine, "early", 8, seed=9)
+    engine.step(0.0)
+    engine.step(0.0)
+    cached, computed = 16 // BLOCK_SIZE, 8 // BLOCK_SIZE
+    assert told[:3] == [[("r", cached, False)], ["early"], "computed"]
+    # With the second step it tells how far the first one came, and of no further beginning.
+    assert told[3:] == [[("r", cached + computed, False)], [], "computed"]

@@ -186,3 +186,22 @@ async def test_a_withdrawal_before_a_read_is_no_loss(
         with pytest.raises(KVWithdrawnError):
             await asyncio.wait_for(client.pull(handle, 0, [*range(20, 26)]), 10)
         assert node.released == []
+
+
+async def test_a_puller_hears_that_blocks_are_begun_and_can_wait_for_them(
+    directory: Directory, node: Node
+) -> None:
+    """So that it has reserved blocks of its own by the time that the first of the owner's is computed."""
+    async with running_client(directory) as (client, segment):
+        handle = opened(node)
+        started = asyncio.create_task(client.started(handle))
+        await asyncio.sleep(0.05)
+        assert not started.done()
+        node.service.progress("r", 0, [], complete=False)
+        await asyncio.wait_for(started, 5)
+        pulling = asyncio.create_task(client.pull(handle, 0, [*range(20, 26)]))
+        await asyncio.sleep(0.05)
+        assert not pulling.done()
+        node.service.progress("r", 0, BLOCKS, complete=True)
+        await asyncio.wait_for(pulling, 5)
+        assert np.array_equal(segment.blocks[20:26], node.segment.blocks[BLOCKS])
