@@ -137,7 +137,7 @@ def cluster_file(measured: dict[str, Any], model: Path, path: Path, policy: str)
                 role: {"role": role, "slowed_by_others": measured["interference"][role], **worker}
                 for role in ("prefill", "decode")
             },
-            "links": {"bandwidth_gb_s": bandwidth / 1e9, "sharing": "shared", "handoff": "serial"},
+            "links": {"bandwidth_gb_s": bandwidth / 1e9, "sharing": "shared", "handoff": "overlapped"},
             "engine": {
                 "max_num_batched_tokens": CHUNK,
                 "max_num_seqs": MAX_SEQS,

@@ -230,6 +230,7 @@ class SimWorker:
             batch = self._next_batch()
             if batch.items:
                 self._begin_exact(batch)
+                self._report_reservations()
                 return True
         elif run.goes_on():
             self._begin_leg(run, [], single=False)
@@ -239,6 +240,7 @@ class SimWorker:
             if items or run.size:
                 single = bool(items or self.engine._scheduler._reservations)
                 self._begin_leg(run, items, single=single)
+                self._report_reservations()
                 return True
         self._report_reservations()
         return False
