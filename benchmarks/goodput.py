@@ -22,6 +22,7 @@ import gc
 import json
 import os
 import statistics
+import sys
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -72,11 +73,11 @@ class TimedEndpoint(Endpoint):
         return head + f"\r\nx-slo-ttft-ms: {ttft}\r\nx-slo-tpot-ms: {tpot}\r\n\r\n".encode() + rest
 
 
-def placements(chunk: int, policies: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """Return settings by name: rivals first, then each policy over a prefill and a decode worker."""
+def placements(chunk: int, policies: Sequence[str], decode: int = 1) -> dict[str, dict[str, Any]]:
+    """Return settings by name: rivals first, then each policy over a prefill and so many decode workers."""
     engine = {"max_num_batched_tokens": chunk, "kv_cache_memory": 1 << 28}
     none, one, two = {"replicas": 0}, {"replicas": 1, "threads": 1}, {"replicas": 2, "threads": 1}
-    apart = {"engine": engine, "prefill": one, "decode": one}
+    apart = {"engine": engine, "prefill": one, "decode": {**one, "replicas": decode}}
     together = {"engine": engine, "prefill": none, "decode": none}
     return {
         "colocated": {**together, "mixed": {**two, "max_num_batched_tokens": 512}},
@@ -293,6 +294,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--policies", nargs="*", default=["round_robin", "least_loaded", "prefix_aware", "slo"]
     )
+    parser.add_argument("--decode", type=int, default=1, help="decode workers beside the prefill worker")
     parser.add_argument("--only", default="", help="placements whose names contain this")
     parser.add_argument("--rates", type=float, nargs="+", default=[4.0, 8.0, 16.0], help="requests/s")
     parser.add_argument("--seconds", type=float, default=15.0, help="of each rate")
@@ -309,12 +311,13 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     arguments = parse_arguments()
     machine = {**describe_machine(), "shape": arguments.shape, "chunk": arguments.chunk}
+    machine["decode_workers"] = arguments.decode
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[status]}"))
     rows: list[dict[str, Any]] = []
     objectives: dict[str, tuple[float, float]] | None = None
     wanted = {
         name: settings
-        for name, settings in placements(arguments.chunk, arguments.policies).items()
+        for name, settings in placements(arguments.chunk, arguments.policies, arguments.decode).items()
         if arguments.only in name
     }
     with (
@@ -330,7 +333,8 @@ def main() -> None:
             rows += rows_of(name, outcomes, overload)
             progress.advance(bar)
     machine["objectives"] = objectives or {}
-    print_table(rows, machine, Console())
+    # A table that is not read on a terminal has as much room as it needs.
+    print_table(rows, machine, Console(width=None if sys.stdout.isatty() else 160))
     if arguments.json is not None:
         arguments.json.write_text(json.dumps({"machine": machine, "rows": rows}, indent=2) + "\n")
 

@@ -36,6 +36,8 @@ STREAM_IN, STREAM_OUT = 32, 48
 LONE_OUT = 3
 # Streams beside which a prompt is sent, and their tokens: they have to last for all of its prefill.
 BESIDE, BESIDE_OUT = 2, 96
+# Times the usual step that an interrupted one counts for at most.
+MOST_USUAL = 1.5
 
 Send = Callable[[int, StreamRequest], Awaitable[RequestResult]]
 Sleep = Callable[[float], Awaitable[None]]
@@ -168,7 +170,8 @@ def fit_profile(samples: Samples) -> dict[str, Any]:
     """Return the profile. Raises BenchError where there are too few samples of a kind."""
     if len(samples.prompts) < 3 or len(samples.gaps) < 3:
         raise BenchError("--url", "too few tokens came one by one to tell how long steps take")
-    decode, decode_error = _fit(samples.gaps)
+    # A request's time per token is a mean of gaps, and that is above the usual one.
+    decode, decode_error = _fit(samples.gaps, of=_mean_of_steps)
     whole, prefill_error = _fit(samples.prompts)
     least = min(whole[0], decode[0] + decode[1])
     handoff = []
@@ -203,17 +206,25 @@ def _interference(samples: Samples) -> dict[str, float]:
     }
 
 
-def _fit(samples: Sequence[tuple[Features, float]]) -> tuple[tuple[float, ...], float]:
+def _mean_of_steps(seconds: Sequence[float]) -> float:
+    """Return the mean, in which one that was interrupted counts for no more than MOST_USUAL usual ones."""
+    most = MOST_USUAL * median(seconds)
+    return mean(min(value, most) for value in seconds)
+
+
+def _fit(
+    samples: Sequence[tuple[Features, float]], of: Callable[[Sequence[float]], float] = median
+) -> tuple[tuple[float, ...], float]:
     """Return coefficients that are not negative, with the least relative error, and that error's median.
 
-    Samples with the same features count as one, at their median: a step that was interrupted moves nothing.
-    With three features every subset can be tried, which is simpler than Lawson and Hanson's NNLS.
+    Samples with the same features count as one, which `of` makes of them. With three features every subset
+    can be tried, which is simpler than Lawson and Hanson's NNLS.
     """
     groups: dict[Features, list[float]] = {}
     for features, seconds in samples:
         groups.setdefault(features, []).append(seconds)
     x = np.array(list(groups))
-    y = np.array([median(values) for values in groups.values()])
+    y = np.array([of(values) for values in groups.values()])
     rows, ones = x / y[:, None], np.ones(len(y))
     best, best_error = np.zeros(x.shape[1]), np.inf
     for size in range(1, x.shape[1] + 1):

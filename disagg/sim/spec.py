@@ -124,8 +124,8 @@ class LinkSpec(_Frozen):
     """How KV moves between workers. bandwidth_gb_s: 10^9 bytes/s of one worker's link, each direction.
 
     sharing: private gives every transfer the whole bandwidth, shared divides it among the worker's.
-    handoff: serial pulls when prefill has ended and the decode worker has reserved blocks, as live ones do that
-    found no room before; push sends when prefill ends (Splitwise); overlapped sends layer by layer while
+    handoff: serial pulls when prefill has ended and the decode worker has reserved blocks, as live ones do
+    that found no room before; push sends when prefill ends (Splitwise); overlapped sends layer by layer while
     prefill runs, the last layer after it, which is nearest to a live one that did find room.
     """
 
