@@ -19,9 +19,11 @@ def large_zeros(shape: torch.Size | tuple[int, ...], dtype: torch.dtype) -> Tens
     # memory has large pages only where an administrator has allowed them.
     memory = mmap.mmap(-1, num_bytes + LARGE_PAGE_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     whole = torch.frombuffer(memory, dtype=torch.uint8)
-    prefer_large_pages(whole.data_ptr(), whole.nbytes)
     start = -whole.data_ptr() % LARGE_PAGE_BYTES
-    return whole[start : start + num_bytes].view(dtype).view(shape)
+    used = whole[start : start + num_bytes]
+    # No large page for the rest of less than one: many weights would leave much of theirs unused.
+    prefer_large_pages(used.data_ptr(), used.nbytes)
+    return used.view(dtype).view(shape)
 
 
 def large_copy(tensor: Tensor) -> Tensor:
