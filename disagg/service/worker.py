@@ -109,7 +109,6 @@ class _StepReport:
 
     outputs: list[StepOutput]
     progress: list[Progress]
-    reservations: list[Reservation]
     load: WorkerLoad
     step_s: float | None
     stored: list[BlockHash]
@@ -250,14 +249,13 @@ class Worker(worker_pb2_grpc.WorkerServicer):
         """Tell before the step what need not wait for its end: peers may pull while it is computed."""
         reservations, progress = self._engine.take_reservations(), self._engine.take_progress()
         if reservations or progress:
-            self._to_loop(self._tell_peers, reservations, progress)
+            self._to_loop(self._after_schedule, reservations, progress)
 
     def _step_report(self, outputs: list[StepOutput], step_s: float | None = None) -> _StepReport:
         events = self._engine.block_events()
         return _StepReport(
             outputs=outputs,
             progress=self._engine.take_progress(),
-            reservations=self._engine.take_reservations(),
             load=self._engine.load(),
             step_s=step_s,
             stored=list(events.stored),
@@ -281,19 +279,20 @@ class Worker(worker_pb2_grpc.WorkerServicer):
         else:
             self.stopped.set_exception(error)
 
-    def _tell_peers(self, reservations: list[Reservation], progress: list[Progress]) -> None:
+    def _after_schedule(self, reservations: list[Reservation], progress: list[Progress]) -> None:
+        # One that needed no copy runs already, and may even end in this step: its outputs come later.
         for reservation in reservations:
             self._reserved(reservation)
+        self._publish(progress)
+
+    def _publish(self, progress: list[Progress]) -> None:
         for step in progress:
             self._publisher.progress(step.request_id, step.epoch, step.block_ids, complete=step.complete)
 
     def _after_step(self, report: _StepReport) -> None:
-        # Reservations first: one that needed no copy runs already, and may even have ended in this step.
-        for reservation in report.reservations:
-            self._reserved(reservation)
         for output in report.outputs:
             self._forward(output)
-        self._tell_peers([], report.progress)
+        self._publish(report.progress)
         self.load = report.load
         self._metrics.observe_engine(report.load, self._engine_counters())
         if report.step_s is not None:

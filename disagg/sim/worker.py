@@ -306,7 +306,6 @@ class SimWorker:
         prompts = self._items
         items = run.end() + prompts
         if not items:
-            self._report_reservations()
             self._continue()
             return
         self._items = []
@@ -368,7 +367,6 @@ class SimWorker:
     def _after_step(self, outputs: list[StepOutput]) -> None:
         # Links follow a prefill by its times, see links.py, not by its blocks.
         self.engine.take_progress()
-        self._report_reservations()
         for output in outputs:
             self._listener.on_output(self, output)
         self._continue()

@@ -187,26 +187,6 @@ void tile(const float* a, long lda, const float* b, long ldb, float* c, long ldc
     }
 }
 
-// As tile, over PANELS panels side by side, `stride` floats apart: the few sums of one panel alone would wait for
-// each other at every k.
-template <int ROWS, int PANELS>
-void tile_f32(const float* a, long lda, const float* b, long stride, float* c, long ldc, int depth, bool first) {
-    vec acc[PANELS * 2][ROWS];
-    for (int p = 0; p < PANELS * 2; p++)
-        for (int m = 0; m < ROWS; m++) acc[p][m] = first ? splat(0.0f) : load(c + m * ldc + p * LANES);
-    for (int k = 0; k < depth; k++, b += NR)
-        for (int p = 0; p < PANELS; p++) {
-            const vec b0 = load(b + p * stride), b1 = load(b + p * stride + LANES);
-            for (int m = 0; m < ROWS; m++) {
-                const vec x = splat(a[m * lda + k]);
-                acc[p * 2][m] += x * b0;
-                acc[p * 2 + 1][m] += x * b1;
-            }
-        }
-    for (int p = 0; p < PANELS * 2; p++)
-        for (int m = 0; m < ROWS; m++) store(c + m * ldc + p * LANES, acc[p][m]);
-}
-
 // Any number of rows over one block of a panel; `next` is the block that will be read after it. The first
 // tile waits for memory (the prefetch of the CPU alone left a third of the bandwidth unused), the last one
 // brings the next block in while it computes.
@@ -237,11 +217,12 @@ inline ivec widen_bytes(const void* p) {
 }
 
 inline vec widen(const int8_t* p) { return __builtin_convertvector(widen_bytes(p), vec); }
+inline vec widen(const float* p) { return load(p); }
 
-// As tile, reading int8 weights (unscaled: the scale of an output is applied after the whole sum). One row
-// alone would wait for its own last sum at every k, so PANELS panels, `stride` bytes apart, go side by side.
-template <int ROWS, int PANELS>
-void tile_int8(const float* a, long lda, const int8_t* b, long stride, float* c, long ldc, int depth, bool first) {
+// As tile, reading floats or int8 weights (unscaled: the scale of an output is applied after the whole sum). Few
+// rows would wait for their own last sums at every k, so PANELS panels, `stride` weights apart, go side by side.
+template <int ROWS, int PANELS, typename Stored>
+void tile_panels(const float* a, long lda, const Stored* b, long stride, float* c, long ldc, int depth, bool first) {
     vec acc[PANELS * 2][ROWS];
     for (int p = 0; p < PANELS * 2; p++)
         for (int m = 0; m < ROWS; m++) acc[p][m] = first ? splat(0.0f) : load(c + m * ldc + p * LANES);
@@ -268,7 +249,7 @@ inline void widen_int4(const uint8_t* p, vec s0, vec s1, vec out[4]) {
     }
 }
 
-// As tile_int8, reading int4 weights; `scale` is that of the first k, which starts a group.
+// As tile_panels, reading int4 weights; `scale` is that of the first k, which starts a group.
 template <int ROWS, int PANELS>
 void tile_int4(const float* a, long lda, const uint8_t* b, long stride, const float* scale, long scale_stride,
                float* c, long ldc, int depth, bool first) {
@@ -320,11 +301,11 @@ void unpack(const Weight& w, int panel, int k0, int depth, float* out) {
 template <int ROWS, int PANELS>
 void few_rows(const Weight& w, int panel, int k0, const float* a, long lda, float* c, long ldc, int depth) {
     const bool first = k0 == 0;
-    if (w.kind == INT8) {
-        const long size = static_cast<long>(w.k) * NR;
-        return tile_int8<ROWS, PANELS>(a, lda, static_cast<const int8_t*>(w.data) + panel * size + k0 * NR, size,
-                                       c, ldc, depth, first);
-    }
+    const long size = static_cast<long>(w.k) * NR, start = panel * size + k0 * NR;
+    if (w.kind == F32)
+        return tile_panels<ROWS, PANELS>(a, lda, static_cast<const float*>(w.data) + start, size, c, ldc, depth, first);
+    if (w.kind == INT8)
+        return tile_panels<ROWS, PANELS>(a, lda, static_cast<const int8_t*>(w.data) + start, size, c, ldc, depth, first);
     const long pairs = (w.k + 1) / 2, groups = (w.k + GROUP - 1) / GROUP;
     tile_int4<ROWS, PANELS>(a, lda, static_cast<const uint8_t*>(w.data) + (panel * pairs + k0 / 2) * NR,
                             pairs * NR, w.scale + (panel * groups + k0 / GROUP) * NR, groups * NR, c, ldc, depth,
@@ -346,11 +327,7 @@ void panels_product(const Weight& w, int begin, int end, const float* a, float* 
         for (int k0 = 0; k0 < w.k; k0 += KC) {
             const int depth = w.k - k0 < KC ? w.k - k0 : KC;
             const long lda = lda_of(depth);
-            if (w.kind == F32 && two) {
-                const long size = static_cast<long>(w.k) * NR;
-                const float* b = static_cast<const float*>(w.data) + panel * size + k0 * NR;
-                tile_f32<2, 2>(block, lda, b, size, to, ldc, depth, k0 == 0);
-            } else if (w.kind == F32) {
+            if (w.kind == F32 && !two) {
                 const float* b = static_cast<const float*>(w.data) + (static_cast<long>(panel) * w.k + k0) * NR;
                 rows_of_tiles(block, lda, b, NR, to, ldc, rows, depth, k0 == 0, b + depth * NR);
             } else if (two) {
