@@ -16,6 +16,7 @@ before its first token is time outside the engine: `request`.
 from __future__ import annotations
 
 import asyncio
+import math
 import secrets
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
@@ -34,49 +35,42 @@ PROMPTS = (16, 32, 64, 128, 256, 512, 1024, 2048)
 STREAMS = (1, 2, 4, 8)
 STREAM_IN, STREAM_OUT = 32, 48
 LONE_OUT = 3
-# Streams beside which a prompt is sent, and their tokens: they have to last for all of its prefill.
-BESIDE, BESIDE_OUT = 2, 96
+# Streams beside which prompts are sent, and how many one after another: to take each in slows these too.
+BESIDE, IN_TURN = (1, 2), 4
+# Times the time that they take alone for which streams beside them last.
+MOST_BESIDE = 2
 # Times the usual step that an interrupted one counts for at most.
 MOST_USUAL = 1.5
 
 Send = Callable[[int, StreamRequest], Awaitable[RequestResult]]
-Sleep = Callable[[float], Awaitable[None]]
 Features = tuple[float, ...]
 
 
 @dataclass
 class Samples:
-    """(features, seconds) of each kind; see the module's formulas.
+    """(features, seconds) of each kind; see the module's formulas. steps: means, one of each probe.
 
-    beside: (tokens, TTFT) of prompts beside streams. disturbed, calm: gaps of these meanwhile, and otherwise.
+    beside: (tokens, TTFT) of prompts beside streams. disturbed, calm: (streams, gap) of these meanwhile, and
+    otherwise.
     """
 
     prompts: list[tuple[Features, float]] = field(default_factory=list)
-    gaps: list[tuple[Features, float]] = field(default_factory=list)
+    steps: list[tuple[Features, float]] = field(default_factory=list)
     second_gaps: list[tuple[int, float]] = field(default_factory=list)
     beside: list[tuple[int, float]] = field(default_factory=list)
-    disturbed: list[float] = field(default_factory=list)
-    calm: list[float] = field(default_factory=list)
+    disturbed: list[tuple[int, float]] = field(default_factory=list)
+    calm: list[tuple[int, float]] = field(default_factory=list)
 
     def extend(self, others: Samples) -> None:
         """Take over what another profile of the same cluster has."""
-        for name in ("prompts", "gaps", "second_gaps", "beside", "disturbed", "calm"):
+        for name in ("prompts", "steps", "second_gaps", "beside", "disturbed", "calm"):
             getattr(self, name).extend(getattr(others, name))
 
 
 class Profiler:
     """Sends probes one after another. max_tokens: of the longest prompt; repeats: of each probe."""
 
-    def __init__(
-        self,
-        send: Send,
-        builder: RequestBuilder,
-        *,
-        max_tokens: int,
-        repeats: int,
-        sleep: Sleep = asyncio.sleep,
-    ) -> None:
-        self._sleep = sleep
+    def __init__(self, send: Send, builder: RequestBuilder, *, max_tokens: int, repeats: int) -> None:
         self._send = send
         self._builder = builder
         self._prompts = [size for size in PROMPTS if size <= max_tokens] or [max_tokens]
@@ -84,54 +78,70 @@ class Profiler:
         # A number of its own for each prompt ever sent: a later profile would find an earlier one's in the
         # prefix cache, and take prefill to cost nothing.
         self._sent = secrets.randbelow(2**48)
+        # Of the last stream that ran alone: seconds to its first token, and of a step.
+        self._lone_s = self._step_s = 0.0
         self.samples = Samples()
 
     async def run(self, on_progress: Callable[[float], None] = lambda share: None) -> Samples:
         """Take all probes. Raises BenchError where a stream fails."""
         long = self._prompts[-1] // 2
-        probes = [(size, 1, LONE_OUT) for size in self._prompts]
-        probes += [(min(STREAM_IN, long), k, STREAM_OUT) for k in STREAMS]
-        probes += [(long, k, STREAM_OUT) for k in STREAMS[::2]]
+        # One stream of a kind first: it tells how long several have to be.
+        kinds = [(min(STREAM_IN, long), k) for k in STREAMS] + [(long, k) for k in STREAMS[::2]]
         await self._streams(self._prompts[0], 1, LONE_OUT)  # connections, caches
-        beside = self._prompts[-3:-1]
-        total = self._repeats * (len(probes) + len(beside))
+        total = self._repeats * (len(self._prompts) + len(kinds) + len(BESIDE))
         done = 0
         for _ in range(self._repeats):
             # Round by round, so that a machine that changes its pace does so for all probes.
-            for size, streams, tokens in probes:
-                results = await self._streams(size, streams, tokens)
-                if streams == 1:
-                    self._note_lone(size, results[0])
-                if tokens == STREAM_OUT:
-                    self._note_gaps(size, results)
+            for size in self._prompts:
+                self._note_lone(size, (await self._streams(size, 1, LONE_OUT))[0])
                 on_progress((done := done + 1) / total)
-            for size in beside:
-                await self._beside_streams(size, min(STREAM_IN, long))
+            for size, count in kinds:
+                await self._decoding(size, count)
+                on_progress((done := done + 1) / total)
+            for count in BESIDE:
+                await self._beside_streams(self._prompts[-3:][0], count, long)
                 on_progress((done := done + 1) / total)
         return self.samples
 
-    async def _beside_streams(self, size: int, stream_in: int) -> None:
-        """Send a prompt of which only the first token is wanted while streams decode."""
-        streams = asyncio.ensure_future(self._streams(stream_in, BESIDE, BESIDE_OUT))
+    async def _decoding(self, size: int, count: int) -> None:
+        """Take the steps of `count` streams, of which one had its prompt computed after the other."""
+        tokens = STREAM_OUT
+        if count > 1:
+            # At most as many more as the prompt has: so the longest stream that was asked for has them too.
+            tokens += min(size, math.ceil((count - 1) * self._lone_s / self._step_s))
+        results = await self._streams(size, count, tokens)
+        if count == 1:
+            self._note_lone(size, results[0])
+            self._lone_s = results[0].ttft_s
+            self._step_s = max(1e-6, (results[0].end_s - results[0].token_times[0]) / (tokens - 1))
+        if all(len(result.token_times) == tokens for result in results):
+            self._note_steps(size, results)  # else tokens came many at a time: their gaps are not steps
+
+    async def _beside_streams(self, size: int, count: int, stream_in: int) -> None:
+        """Send prompts, of which only the first token is wanted, in turn while `count` streams decode."""
+        lone_s = median(seconds for (_, tokens, _), seconds in self.samples.prompts if tokens == size)
+        wait_s = 1.5 * count * self._lone_s  # until these do
+        tokens = math.ceil((wait_s + MOST_BESIDE * IN_TURN * lone_s) / self._step_s)
+        tokens = min(tokens, stream_in + STREAM_OUT)
+        streams = asyncio.ensure_future(self._streams(stream_in, count, tokens))
         try:
-            # Until these have begun to decode, which prompts of the least size tell.
-            least_s = median(seconds for _, seconds in self.samples.prompts[: len(self._prompts)])
-            await self._sleep(2 * BESIDE * least_s)
-            prompt = (await self._streams(size, 1, 1))[0]
+            await asyncio.sleep(wait_s)
+            prompts = [(await self._streams(size, 1, 1))[0] for _ in range(IN_TURN)]
         finally:
             others = await streams
-        begin, end = prompt.sent_s, prompt.token_times[0]
-        if any(len(other.token_times) < BESIDE_OUT for other in others):
+        if any(len(other.token_times) < tokens for other in others):
             return
-        if any(other.token_times[1] > begin or other.token_times[-1] < end for other in others):
+        begin, end = prompts[0].sent_s, prompts[-1].token_times[0]
+        first, last = _together(others)
+        if first > begin or last < end:
             return  # they did not run all the time
-        self.samples.beside.append((size, end - begin))
+        self.samples.beside += [(size, prompt.ttft_s) for prompt in prompts]
         for other in others:
-            for before, after in pairwise(other.token_times[2:]):
+            for before, after in pairwise(other.token_times):
                 if before >= begin and after <= end:
-                    self.samples.disturbed.append(after - before)
-                elif after <= begin or before >= end:
-                    self.samples.calm.append(after - before)
+                    self.samples.disturbed.append((count, after - before))
+                elif first <= before and after <= last and (after <= begin or before >= end):
+                    self.samples.calm.append((count, after - before))
 
     async def _streams(self, prompt: int, count: int, tokens: int) -> list[RequestResult]:
         requests = []
@@ -151,27 +161,32 @@ class Profiler:
         if len(result.token_times) > 1:
             self.samples.second_gaps.append((size, result.token_times[1] - result.token_times[0]))
 
-    def _note_gaps(self, size: int, results: Sequence[RequestResult]) -> None:
-        """Take the gaps in which all streams ran; the first of each holds its hand-off."""
-        if any(len(result.token_times) < STREAM_OUT for result in results):
-            return  # tokens came many at a time: their gaps are not steps
-        begin = max(result.token_times[1] for result in results)
-        end = min(result.token_times[-1] for result in results)
-        count = len(results)
+    def _note_steps(self, size: int, results: Sequence[RequestResult]) -> None:
+        """Take the gaps in which all streams ran."""
+        begin, end = _together(results)
+        gaps, contexts = [], []
         for result in results:
-            times = result.token_times
-            for index in range(2, len(times)):
-                if times[index - 1] >= begin and times[index] <= end:
-                    context = count * (size + index)
-                    self.samples.gaps.append(((1.0, count, context), times[index] - times[index - 1]))
+            for index, (before, after) in enumerate(pairwise(result.token_times), 1):
+                if before >= begin and after <= end:
+                    gaps.append(after - before)
+                    contexts.append(len(results) * (size + index))
+        if gaps:
+            # A request's time per token is a mean of gaps, and that is above the usual one.
+            most = MOST_USUAL * median(gaps)
+            usual = mean(min(gap, most) for gap in gaps)
+            self.samples.steps.append(((1.0, len(results), mean(contexts)), usual))
+
+
+def _together(results: Sequence[RequestResult]) -> tuple[float, float]:
+    """Return since and until when all streams had each step. The first gap of each holds its hand-off."""
+    return max(result.token_times[1] for result in results), min(result.token_times[-1] for result in results)
 
 
 def fit_profile(samples: Samples) -> dict[str, Any]:
     """Return the profile. Raises BenchError where there are too few samples of a kind."""
-    if len(samples.prompts) < 3 or len(samples.gaps) < 3:
+    if len(samples.prompts) < 3 or len(samples.steps) < 3:
         raise BenchError("--url", "too few tokens came one by one to tell how long steps take")
-    # A request's time per token is a mean of gaps, and that is above the usual one.
-    decode, decode_error = _fit(samples.gaps, of=_mean_of_steps)
+    decode, decode_error = _fit(samples.steps)
     whole, prefill_error = _fit(samples.prompts)
     least = min(whole[0], decode[0] + decode[1])
     handoff = []
@@ -186,7 +201,7 @@ def fit_profile(samples: Samples) -> dict[str, Any]:
         "interference": _interference(samples),
         "measured": {
             "prompts": len(samples.prompts),
-            "gaps": len(samples.gaps),
+            "steps": len(samples.steps),
             "prefill_error": prefill_error,
             "decode_error": decode_error,
         },
@@ -198,33 +213,33 @@ def _interference(samples: Samples) -> dict[str, float]:
     lone: dict[float, list[float]] = {}
     for (_, tokens, _), seconds in samples.prompts:
         lone.setdefault(tokens, []).append(seconds)
-    ratios = [seconds / median(lone[tokens]) for tokens, seconds in samples.beside if tokens in lone]
-    decode = mean(samples.disturbed) / mean(samples.calm) if samples.disturbed and samples.calm else 1.0
+    prefill = [seconds / median(lone[tokens]) for tokens, seconds in samples.beside if tokens in lone]
+    disturbed, calm = _by_streams(samples.disturbed), _by_streams(samples.calm)
+    decode = [mean(gaps) / mean(calm[count]) for count, gaps in disturbed.items() if count in calm]
     return {
-        "prefill": max(0.0, (median(ratios) if ratios else 1.0) - 1),
-        "decode": max(0.0, decode - 1),
+        "prefill": max(0.0, (median(prefill) if prefill else 1.0) - 1),
+        "decode": max(0.0, (mean(decode) if decode else 1.0) - 1),
     }
 
 
-def _mean_of_steps(seconds: Sequence[float]) -> float:
-    """Return the mean, in which one that was interrupted counts for no more than MOST_USUAL usual ones."""
-    most = MOST_USUAL * median(seconds)
-    return mean(min(value, most) for value in seconds)
+def _by_streams(gaps: Sequence[tuple[int, float]]) -> dict[int, list[float]]:
+    found: dict[int, list[float]] = {}
+    for count, seconds in gaps:
+        found.setdefault(count, []).append(seconds)
+    return found
 
 
-def _fit(
-    samples: Sequence[tuple[Features, float]], of: Callable[[Sequence[float]], float] = median
-) -> tuple[tuple[float, ...], float]:
+def _fit(samples: Sequence[tuple[Features, float]]) -> tuple[tuple[float, ...], float]:
     """Return coefficients that are not negative, with the least relative error, and that error's median.
 
-    Samples with the same features count as one, which `of` makes of them. With three features every subset
-    can be tried, which is simpler than Lawson and Hanson's NNLS.
+    Samples with the same features count as one, their median. With three features every subset can be tried,
+    which is simpler than Lawson and Hanson's NNLS.
     """
     groups: dict[Features, list[float]] = {}
     for features, seconds in samples:
         groups.setdefault(features, []).append(seconds)
     x = np.array(list(groups))
-    y = np.array([of(values) for values in groups.values()])
+    y = np.array([median(values) for values in groups.values()])
     rows, ones = x / y[:, None], np.ones(len(y))
     best, best_error = np.zeros(x.shape[1]), np.inf
     for size in range(1, x.shape[1] + 1):

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import atexit
 import logging
 import os
 import random
+import shutil
 import socket
 import tempfile
 from pathlib import Path
@@ -54,6 +56,8 @@ def free_range(length: int, host: str = "127.0.0.1") -> int:
 def prepare_environment() -> None:
     """Set what Ray reads when it is imported or started; what the operator set already stays."""
     run_folder = Path(tempfile.mkdtemp(prefix="disagg-haproxy-"))
+    # Before Ray is imported, so after whatever that ends when this process does.
+    atexit.register(shutil.rmtree, run_folder, ignore_errors=True)
     # No port of the ephemeral range: until Serve binds it, a connection to anywhere could take it.
     replica_ports = free_range(REPLICA_PORTS + PROXY_PORTS)
     metrics_port, stats_port, fallback_port, fallback_grpc_port = range(

@@ -30,10 +30,10 @@ from tests.unit.transfer.virtual_hand_off import (
     Owner,
     Puller,
     Stamps,
-    VirtualLoop,
     Wire,
     write,
 )
+from tests.virtual_loop import VirtualLoop
 
 ADDRESS = "prefill:1"
 # Of what happened over all histories; a test reads and clears it.
