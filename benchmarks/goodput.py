@@ -137,6 +137,8 @@ class Load:
         plain.close()
         for kind in KINDS:
             results = [result for of, result in answers if of is kind and result.ok]
+            if not results:
+                raise RuntimeError(f"no {kind.name} was served: {[str(r.failure) for _, r in answers]}")
             ttft = np.percentile([result.ttft_s for result in results], QUANTILE)
             tpot = np.percentile([result.tpot_s or 0.0 for result in results], QUANTILE)
             self.objectives[kind.name] = (slack * float(ttft), slack * float(tpot))

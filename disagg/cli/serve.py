@@ -27,6 +27,9 @@ from disagg.types import Role
 console = Console(stderr=True)
 
 ANSWER_TIMEOUT_S = 30.0
+# The kernel may hand a signal to another thread, which does not wake the main one, and only that one runs its
+# handler: it looks by itself so often.
+SIGNAL_CHECK_S = 1.0
 APPLICATION = "disagg"
 
 _Model = Annotated[str | None, typer.Argument(help="Local folder with safetensors; none: the bundled model.")]
@@ -148,7 +151,8 @@ def run(config: ClusterConfig) -> None:
             _stop_on_signals(stop)
             console.print(f"ready in {time.monotonic() - started:.1f} s\n", style="bold green")
             _print_how_to_ask(config)
-            stop.wait()
+            while not stop.wait(SIGNAL_CHECK_S):
+                pass
             console.print("stopping", style="dim")
     except KeyboardInterrupt:
         console.print("interrupted", style="dim")
