@@ -18,11 +18,11 @@ from __future__ import annotations
 import asyncio
 import math
 import secrets
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations, pairwise
 from statistics import mean, median
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -44,6 +44,7 @@ MOST_USUAL = 1.5
 
 Send = Callable[[int, StreamRequest], Awaitable[RequestResult]]
 Features = tuple[float, ...]
+Key = TypeVar("Key", int, float, Features)
 
 
 @dataclass
@@ -210,11 +211,9 @@ def fit_profile(samples: Samples) -> dict[str, Any]:
 
 def _interference(samples: Samples) -> dict[str, float]:
     """Return by what share prefill beside decode, and decode beside prefill, take longer than alone."""
-    lone: dict[float, list[float]] = {}
-    for (_, tokens, _), seconds in samples.prompts:
-        lone.setdefault(tokens, []).append(seconds)
+    lone = _grouped((tokens, seconds) for (_, tokens, _), seconds in samples.prompts)
     prefill = [seconds / median(lone[tokens]) for tokens, seconds in samples.beside if tokens in lone]
-    disturbed, calm = _by_streams(samples.disturbed), _by_streams(samples.calm)
+    disturbed, calm = _grouped(samples.disturbed), _grouped(samples.calm)
     decode = [mean(gaps) / mean(calm[count]) for count, gaps in disturbed.items() if count in calm]
     return {
         "prefill": max(0.0, (median(prefill) if prefill else 1.0) - 1),
@@ -222,11 +221,11 @@ def _interference(samples: Samples) -> dict[str, float]:
     }
 
 
-def _by_streams(gaps: Sequence[tuple[int, float]]) -> dict[int, list[float]]:
-    found: dict[int, list[float]] = {}
-    for count, seconds in gaps:
-        found.setdefault(count, []).append(seconds)
-    return found
+def _grouped(samples: Iterable[tuple[Key, float]]) -> dict[Key, list[float]]:
+    groups: dict[Key, list[float]] = {}
+    for key, seconds in samples:
+        groups.setdefault(key, []).append(seconds)
+    return groups
 
 
 def _fit(samples: Sequence[tuple[Features, float]]) -> tuple[tuple[float, ...], float]:
@@ -235,9 +234,7 @@ def _fit(samples: Sequence[tuple[Features, float]]) -> tuple[tuple[float, ...], 
     Samples with the same features count as one, their median. With three features every subset can be tried,
     which is simpler than Lawson and Hanson's NNLS.
     """
-    groups: dict[Features, list[float]] = {}
-    for features, seconds in samples:
-        groups.setdefault(features, []).append(seconds)
+    groups = _grouped(samples)
     x = np.array(list(groups))
     y = np.array([median(values) for values in groups.values()])
     rows, ones = x / y[:, None], np.ones(len(y))

@@ -269,7 +269,6 @@ class Engine:
         """
         expired = self.expire(now)
         batch = self.schedule(now)
-        self._on_scheduled()
         if not batch.items:
             return expired
         try:
@@ -307,6 +306,7 @@ class Engine:
             if seq.hold and seq.announced_epoch != seq.num_preemptions:
                 seq.announced_epoch = seq.num_preemptions
                 self._note_progress(seq)
+        self._on_scheduled()
         return batch
 
     def update(self, batch: Batch, sampled: SequenceOf[SampledToken | None], now: float) -> list[StepOutput]:

@@ -93,7 +93,6 @@ class OverlappedEngine(Engine):
         if self._flights and not self._may_run_ahead():
             outputs += self._collect(now)
         batch = self.schedule(now)
-        self._on_scheduled()
         if batch.items:
             outputs += self._submit(batch)
         while len(self._flights) > (1 if batch.items else 0):

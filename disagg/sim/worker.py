@@ -211,7 +211,9 @@ class SimWorker:
                 commands, self._commands = self._commands, []
                 for command in commands:
                     command()
-            if self._begin_step():
+            began = self._begin_step()
+            self._report_reservations()
+            if began:
                 return
             if not self.engine.has_work() and not self._commands:
                 break
@@ -230,7 +232,6 @@ class SimWorker:
             batch = self._next_batch()
             if batch.items:
                 self._begin_exact(batch)
-                self._report_reservations()
                 return True
         elif run.goes_on():
             self._begin_leg(run, [], single=False)
@@ -240,9 +241,7 @@ class SimWorker:
             if items or run.size:
                 single = bool(items or self.engine._scheduler._reservations)
                 self._begin_leg(run, items, single=single)
-                self._report_reservations()
                 return True
-        self._report_reservations()
         return False
 
     def _next_batch(self) -> Batch:

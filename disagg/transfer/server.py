@@ -253,10 +253,12 @@ class KVTransferService(worker_pb2_grpc.KVTransferServicer):
         current = self._leases.lookup(handle, self._clock()).current
         if current.complete or not patient:
             rows = self._from(current.block_ids, request.first_block, complete=current.complete)
-        elif current.epoch == request.epoch and len(current.block_ids) <= request.first_block:
-            if not (request.until_begun and current.begun):
-                return None
-            rows = ()
+        elif (
+            current.epoch == request.epoch
+            and len(current.block_ids) <= request.first_block
+            and not (request.until_begun and current.begun)
+        ):
+            return None
         else:
             rows = current.block_ids[request.first_block :]
         return worker_pb2.LocateResponse(

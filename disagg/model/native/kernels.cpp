@@ -322,7 +322,7 @@ void panels_product(const Weight& w, int begin, int end, const float* a, float* 
     for (int panel = begin; panel < end; panel++) {
         float* to = c + panel * NR;
         // One row of floats alone is as fast as memory is.
-        const bool two = rows <= 2 && rows > (w.kind == F32) && panel + 1 < end;
+        const bool two = (rows == 2 || (rows == 1 && w.kind != F32)) && panel + 1 < end;
         const float* block = a;
         for (int k0 = 0; k0 < w.k; k0 += KC) {
             const int depth = w.k - k0 < KC ? w.k - k0 : KC;

@@ -164,6 +164,12 @@ def test_what_prompts_and_streams_cost_each_other_is_found() -> None:
     assert fit_profile(twice)["interference"] == pytest.approx(made)
 
 
+def test_streams_that_end_before_the_prompts_tell_nothing() -> None:
+    samples = samples_of(Cluster(beside=(9.0, 0.5)), max_tokens=512)
+    assert not samples.beside and not samples.disturbed and not samples.calm
+    assert fit_profile(samples)["interference"] == {"prefill": 0.0, "decode": 0.0}
+
+
 def test_workers_that_share_nothing_do_not_slow_each_other() -> None:
     assert measured(Cluster())["interference"] == pytest.approx({"prefill": 0.0, "decode": 0.0}, abs=0.01)
 
