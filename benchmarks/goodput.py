@@ -108,7 +108,8 @@ class Load:
 
     def __init__(self, cluster: LocalCluster, objectives: dict[str, tuple[float, float]] | None) -> None:
         self._url = cluster.url
-        self._vocab_size = cluster.vocab_size
+        # One for all runs: a prompt that an earlier one sent would be found in a prefix cache.
+        self._prompts = PromptSource(cluster.vocab_size, 7)
         self.objectives = dict(objectives or {})
         self.clients: dict[str, Client] = {}
         for name in self.objectives:
@@ -122,9 +123,8 @@ class Load:
     async def warm_up(self) -> None:
         """Let the router learn how long steps take."""
         client = Client(Endpoint.parse(self._url), REQUEST_TIMEOUT_S)
-        prompts = PromptSource(self._vocab_size, 7)
         for kind in (*KINDS, *KINDS):
-            requests = (prompts.request(kind.prompt, kind.output) for _ in range(2))
+            requests = (self._prompts.request(kind.prompt, kind.output) for _ in range(2))
             await asyncio.gather(*(client.stream(0, request) for request in requests))
         await asyncio.sleep(RESOLVE_S)
         client.close()
@@ -152,10 +152,10 @@ class Load:
         return outcome
 
     async def _send(self, rate: float, seconds: float, seed: int) -> list[tuple[Kind, RequestResult]]:
-        rng, prompts = np.random.default_rng(seed), PromptSource(self._vocab_size, seed + 1)
+        rng = np.random.default_rng(seed)
         arrivals = np.cumsum(rng.exponential(1 / rate, int(rate * seconds)))
         kinds = [KINDS[index] for index in rng.choice(len(KINDS), len(arrivals), p=[k.share for k in KINDS])]
-        requests = [prompts.request(kind.prompt, kind.output) for kind in kinds]
+        requests = [self._prompts.request(kind.prompt, kind.output) for kind in kinds]
         gc.collect()
         start = time.perf_counter()
         tasks = []
