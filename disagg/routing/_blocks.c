@@ -8,7 +8,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-#define VERSION 4
+#define VERSION 5
 
 /* -- arguments ----------------------------------------------------------------------------------------- */
 

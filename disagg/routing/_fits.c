@@ -125,8 +125,15 @@ static void solve(Fit *fit)
         vector[i] = fit->vector[i] + hold * fit->coefficients[i] * unit[i];
     }
     non_negative(matrix, vector, scaled);
-    for (int i = 0; i < 3; i++)
-        fit->coefficients[i] = i ? scaled[i] / unit[i] : scaled[i];
+    double constant = scaled[0], slope = scaled[1] / unit[1];
+    if (!(fit->slopes[0] <= slope && slope <= fit->slopes[1])) {
+        slope = larger(fit->slopes[0], smaller(fit->slopes[1], slope));
+        double rest = vector[0] - matrix[0][1] * slope * unit[1] - matrix[0][2] * scaled[2];
+        constant = larger(0.0, rest / matrix[0][0]);
+    }
+    fit->coefficients[0] = constant;
+    fit->coefficients[1] = slope;
+    fit->coefficients[2] = scaled[2] / unit[2];
 }
 
 static void add(Fit *fit, double x1, double x2, double seconds)
@@ -156,16 +163,17 @@ static void add(Fit *fit, double x1, double x2, double seconds)
 
 static PyObject *fit_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
 {
-    static char *names[] = {"unit", "coefficients", "forgetting", NULL};
-    double unit[2], c[3] = {0.0, 0.0, 0.0}, forgetting = 0.998;
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "(dd)|$(ddd)d", names, &unit[0], &unit[1], &c[0], &c[1], &c[2],
-                                     &forgetting))
+    static char *names[] = {"unit", "coefficients", "forgetting", "slopes", NULL};
+    double unit[2], c[3] = {0.0, 0.0, 0.0}, forgetting = 0.998, slopes[2] = {0.0, HUGE_VAL};
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "(dd)|$(ddd)d(dd)", names, &unit[0], &unit[1], &c[0], &c[1], &c[2],
+                                     &forgetting, &slopes[0], &slopes[1]))
         return NULL;
     Fit *self = (Fit *)type->tp_alloc(type, 0);
     if (self == NULL)
         return NULL;
     memcpy(self->unit, unit, sizeof unit);
     memcpy(self->coefficients, c, sizeof c);
+    memcpy(self->slopes, slopes, sizeof slopes);
     self->forgetting = forgetting;
     self->spread = USUAL_SPREAD;
     return (PyObject *)self;

@@ -9,7 +9,7 @@
 /* See Fit in fit.py: the upper triangle of the information matrix, and its right-hand side. */
 typedef struct {
     PyObject_HEAD
-    double unit[2], forgetting, info[6], vector[3], coefficients[3], spread;
+    double unit[2], forgetting, slopes[2], info[6], vector[3], coefficients[3], spread;
     long long num_samples, unsolved;
 } Fit;
 

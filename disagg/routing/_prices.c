@@ -9,9 +9,9 @@
 #include <math.h>
 #include <stddef.h>
 
-#define VERSION 4
+#define VERSION 5
 
-static const double MOST_ASIDE = 0.8, FULL = 0.9, MOST_FACTOR = 4.0;
+static const double MOST_ASIDE = 0.8, FULL = 0.9;
 
 /* -- what a worker costs ------------------------------------------------------------------------------- */
 
@@ -207,7 +207,7 @@ static PyObject *prediction_of(PyTypeObject *class, const Seconds *seconds, int 
 static void line_of(const Fit *fit, double out[2])
 {
     out[0] = is_fitted(fit) ? fit->coefficients[0] : 0.0;
-    out[1] = is_fitted(fit) ? smaller(MOST_FACTOR, larger(1 / MOST_FACTOR, fit->coefficients[1])) : 1.0;
+    out[1] = is_fitted(fit) ? fit->coefficients[1] : 1.0;
 }
 
 /* Calibration.apply with the lines of TTFT and TPOT */

@@ -38,9 +38,10 @@ from disagg.routing.types import Placement, PlacementRequest, Prediction
 # When the first token of a request without an objective is due: so long after it came, and longer requests
 # later, so that short ones are not kept waiting by them.
 DUE_S, DUE_FACTOR = 10.0, 20.0
-# Shares of promises that are to be kept. Much of what makes single answers slow has nothing to do with how
-# many are served, and refusing more does not help against that.
-_TTFT_KEPT, _TPOT_KEPT = 0.95, 0.75
+# Shares of promises that are to be kept. A late first token delays those behind it too. What makes single
+# answers slow has mostly nothing to do with how many are served, so refusing more does not help against that:
+# there, only what predictions miss on the whole is made up for.
+_TTFT_KEPT, _TPOT_KEPT = 0.95, 0.5
 # Steps' worth of prompts that a worker is given ahead, however long its steps: one that runs, and the next.
 STEPS_AHEAD = 2
 # Rounding errors of what is no wait at all.

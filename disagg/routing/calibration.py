@@ -12,8 +12,9 @@ from disagg.routing.fit import Fit
 from disagg.routing.types import Prediction
 
 _FORGETTING = 0.99
-# Whatever came out, predictions are not scaled by more than this, nor by less than its inverse.
-_MOST = 4.0
+# Among requests that were admitted, predictions differ little from each other, and less than what becomes of
+# them: a line through those is too flat, and says that whoever was refused would have been served as well.
+_SLOPES = (0.5, 4.0)
 # So many samples are made use of at once.
 _EAGER = 64
 
@@ -27,11 +28,7 @@ class Calibration:
 
     def __init__(self, core: Core = CORE) -> None:
         make = core.make_fit or Fit
-        self._ttft, self._apart, self._local = self.lines = (
-            make((0.1, 1.0), coefficients=(0.0, 1.0, 0.0), forgetting=_FORGETTING),
-            make((0.1, 1.0), coefficients=(0.0, 1.0, 0.0), forgetting=_FORGETTING),
-            make((0.1, 1.0), coefficients=(0.0, 1.0, 0.0), forgetting=_FORGETTING),
-        )
+        self._ttft, self._apart, self._local = self.lines = _line(make), _line(make), _line(make)
 
     def apply(self, raw: Prediction, *, local: bool) -> Prediction:
         """Return what a prediction comes to; `raw` is kept in it, since only that teaches anything."""
@@ -59,6 +56,10 @@ class Calibration:
         _learn(self._local if local else self._apart, (prediction.raw or prediction).tpot, tpot)
 
 
+def _line(make: type[Fit]) -> Fit:
+    return make((0.1, 1.0), coefficients=(0.0, 1.0, 0.0), forgetting=_FORGETTING, slopes=_SLOPES)
+
+
 def _learn(line: Fit, predicted: float, actual: float) -> None:
     line.add(predicted, 0.0, actual)
     # Later it solves itself every few samples.
@@ -69,5 +70,4 @@ def _learn(line: Fit, predicted: float, actual: float) -> None:
 def _coefficients(line: Fit) -> tuple[float, float]:
     if not line.fitted:
         return 0.0, 1.0
-    constant, factor, _ = line.coefficients
-    return constant, min(_MOST, max(1 / _MOST, factor))
+    return line.coefficients[:2]

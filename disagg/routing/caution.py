@@ -2,8 +2,10 @@
 
 A promise is kept if the actual time is at most the predicted one times the caution. It follows the quantile
 `kept` of actual / predicted by stochastic approximation (Robbins and Monro, 1951), so whatever the prediction
-leaves out, that share of promises is kept. It fades: with nobody admitted nothing is learned, and a machine
-that stood still for a moment must not refuse for ever. Pure: no clock, no I/O.
+leaves out, that share of promises is kept. Never below 1: where things take less than predicted, predictions
+learn that themselves, and whoever fills a worker up to the limit misses it with all who are there. It fades:
+with nobody admitted nothing is learned, and a machine that stood still for a moment must not refuse for ever.
+Pure: no clock, no I/O.
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ import math
 
 _RATE = 0.03
 _MEMORY_S = 20.0
-_LOW, _HIGH = math.log(0.75), math.log(2.0)
+_HIGH = math.log(2.0)
 
 
 class Caution:
@@ -33,7 +35,7 @@ class Caution:
             return
         known = self._faded(now)
         late = actual_s > predicted_s * math.exp(known)
-        self._log = min(_HIGH, max(_LOW, known + _RATE * (self._kept if late else self._kept - 1)))
+        self._log = min(_HIGH, max(0.0, known + _RATE * (self._kept if late else self._kept - 1)))
         self._at = now
 
     def _faded(self, now: float) -> float:

@@ -15,7 +15,7 @@ from disagg.routing.block_table import SHARDS, BlockTable, PythonBlockTable
 from disagg.routing.chains import ChainTree, PythonChainTree
 
 # Of the C sources; a build of other ones is not used.
-_VERSION = 4
+_VERSION = 5
 # Columns of ClusterView's table and classes of length, see disagg.routing.view and disagg.routing.costs.
 NUM_COLUMNS, NUM_TURNS = 13, 11
 

@@ -15,6 +15,7 @@ Soederstroem 1983), three features, the first of them constant:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from itertools import combinations
 
@@ -40,6 +41,7 @@ _SUBSETS = tuple(set_ for size in (3, 2, 1) for set_ in combinations(range(3), s
 class Fit:
     """seconds = c0 + c1 * x1 + c2 * x2. unit: typical x1 and x2, for conditioning alone.
 
+    slopes: least and greatest c1. Where samples alone would have another, c0 is what then fits them best.
     coefficients: of the last solution, given ones before. num_samples: counted up. spread: usual relative
     residual. `_fits.c` does the same in C.
     """
@@ -47,6 +49,7 @@ class Fit:
     __slots__ = (
         "_forgetting",
         "_info",
+        "_slopes",
         "_unit",
         "_unsolved",
         "_vector",
@@ -61,8 +64,10 @@ class Fit:
         *,
         coefficients: Coefficients = (0.0, 0.0, 0.0),
         forgetting: float = FORGETTING,
+        slopes: tuple[float, float] = (0.0, math.inf),
     ) -> None:
         self._unit = unit
+        self._slopes = slopes
         self._forgetting = forgetting
         # Upper triangle of the information matrix in scaled features, and its right-hand side.
         self._info = [0.0] * 6
@@ -128,7 +133,13 @@ class Fit:
             matrix[i][i] += hold
             vector[i] += hold * self.coefficients[i] * unit[i]
         scaled = _non_negative(matrix, vector)
-        self.coefficients = (scaled[0], scaled[1] / unit[1], scaled[2] / unit[2])
+        constant, slope = scaled[0], scaled[1] / unit[1]
+        least, most = self._slopes
+        if not least <= slope <= most:
+            slope = max(least, min(most, slope))
+            rest = vector[0] - matrix[0][1] * slope * unit[1] - matrix[0][2] * scaled[2]
+            constant = max(0.0, rest / matrix[0][0])
+        self.coefficients = (constant, slope, scaled[2] / unit[2])
         return self.coefficients
 
 

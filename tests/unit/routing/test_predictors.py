@@ -63,6 +63,18 @@ def test_a_fit_knows_nothing_before_there_were_some_samples() -> None:
     assert fit.fitted
 
 
+@pytest.mark.parametrize("true", [0.0, 1.0, 9.0])
+def test_a_line_that_may_not_be_as_steep_as_its_samples_still_runs_through_them(true: float) -> None:
+    """Held to a slope, with a constant that belongs to another, it would be wrong wherever samples are."""
+    fit = Fit((1.0, 1.0), slopes=(0.5, 4.0))
+    for number in range(200):
+        x = 0.9 + 0.01 * (number % 20)
+        fit.add(x, 0.0, 10 + true * (x - 1))
+    constant, slope, _ = fit.solve()
+    assert slope == pytest.approx(min(4.0, max(0.5, true)), rel=0.02)
+    assert constant + slope * 1.0 == pytest.approx(10, rel=0.02)
+
+
 @settings(max_examples=60, deadline=None)
 @given(
     st.lists(st.tuples(st.integers(0, 4096), st.integers(0, 10**7), st.floats(0, 1e3)), max_size=60),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import random
 import subprocess
@@ -136,10 +137,12 @@ SAMPLES = st.tuples(st.integers(0, 4096), st.integers(0, 10**7), st.floats(0, 1e
 
 @needs_core
 @settings(max_examples=100, deadline=None)
-@given(st.lists(SAMPLES, max_size=60), st.integers(1, 20))
-def test_a_fit_finds_the_same_in_both(samples: list[tuple[int, int, float]], every: int) -> None:
+@given(st.lists(SAMPLES, max_size=60), st.integers(1, 20), st.sampled_from([(0.0, math.inf), (0.1, 0.3)]))
+def test_a_fit_finds_the_same_in_both(
+    samples: list[tuple[int, int, float]], every: int, slopes: tuple[float, float]
+) -> None:
     assert CORE.make_fit is not None
-    fits = [make((256.0, 1e5), coefficients=(0.1, 0.2, 0.0)) for make in (Fit, CORE.make_fit)]
+    fits = [make((256.0, 1e5), coefficients=(0.1, 0.2, 0.0), slopes=slopes) for make in (Fit, CORE.make_fit)]
     for number, sample in enumerate(samples):
         for fit in fits:
             fit.add(*sample)

@@ -53,7 +53,7 @@ def test_memory_is_bounded_and_sums_stay_right() -> None:
             assert shares._weights == pytest.approx(len(shares._asked))
 
 
-@pytest.mark.parametrize("scale", [0.9, 1.0, 1.5])
+@pytest.mark.parametrize("scale", [0.95, 1.0, 1.5])
 def test_caution_keeps_the_share_of_promises_that_it_should(scale: float) -> None:
     caution, rng, kept = Caution(KEPT), random.Random(1), 0
     for number in range(4000):
@@ -70,3 +70,10 @@ def test_caution_is_bounded_and_fades() -> None:
         caution.learn(0.01, 100.0, number * 0.001)
     assert 1.9 < caution.factor(1.0) <= 2.0
     assert caution.factor(200.0) == pytest.approx(1.0, abs=0.01)
+
+
+def test_nothing_is_promised_to_be_shorter_than_predicted() -> None:
+    caution = Caution(0.5)
+    for number in range(1000):
+        caution.learn(1.0, 0.9, number * 0.02)
+    assert caution.factor(20.0) == 1.0
