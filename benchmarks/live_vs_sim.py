@@ -16,6 +16,7 @@ import argparse
 import asyncio
 import json
 import statistics
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -235,7 +236,8 @@ def main() -> None:
         table.add_row(
             row["name"], f"{row['peer'] * 1e3:.1f}", f"{row['value'] * 1e3:.1f}", f"{row['ratio']:.3f}", held
         )
-    Console().print(table)
+    # A table that is not read on a terminal has as much room as it needs.
+    Console(width=None if sys.stdout.isatty() else 120).print(table)
     if arguments.json:
         content = {"machine": machine, "rows": rows, "profile": measured}
         arguments.json.write_text(json.dumps(content, indent=2) + "\n")
