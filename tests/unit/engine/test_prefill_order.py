@@ -42,13 +42,13 @@ def test_a_short_prompt_waits_for_no_more_than_the_step_that_runs(longs, steps_b
         engine.add(make_request(f"long{index}", prompt_of(length, index)), now=0.0, hold=True)
     for _ in range(steps_before):
         engine.step(0.0)
-    # Even one that is half computed may have less left than the short one: then that is done first.
+    # One that is half computed may have no more left than the short one: then that is done first.
     left = min(
         (seq.num_uncomputed_tokens for seq in engine._sequences.values() if seq.num_new_tokens == 0),
         default=BUDGET,
     )
     engine.add(make_request("short", prompt_of(short, 99)), now=0.0, hold=True)
-    limit = 1 if left >= short else 2
+    limit = 1 if left > short else 2
     assert steps_until(engine, "short", limit) <= limit
 
 
