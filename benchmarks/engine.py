@@ -522,9 +522,9 @@ def run_peer(command: str | None, folder: Path) -> dict[str, float]:
     return figures
 
 
-def console_of(stream: TextIO) -> Console:
-    """Return a console that cuts no table to a width which a pipe does not have."""
-    return Console(file=stream, width=None if stream.isatty() else 120)
+def console_of(stream: TextIO, width: int = 120) -> Console:
+    """Return a console that cuts no table to a width which a pipe does not have. width: for the latter."""
+    return Console(file=stream, width=None if stream.isatty() else width)
 
 
 def print_table(rows: list[dict[str, Any]], machine: dict[str, Any], console: Console) -> None:

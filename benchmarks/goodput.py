@@ -31,6 +31,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from engine import console_of
 from local_cluster import BUNDLED, LocalCluster, PromptSource, checkpoint, serving
 from processes import Usage, usage
 from rich.console import Console
@@ -335,8 +336,7 @@ def main() -> None:
             rows += rows_of(name, outcomes, overload)
             progress.advance(bar)
     machine["objectives"] = objectives or {}
-    # A table that is not read on a terminal has as much room as it needs.
-    print_table(rows, machine, Console(width=None if sys.stdout.isatty() else 160))
+    print_table(rows, machine, console_of(sys.stdout, 160))
     if arguments.json is not None:
         arguments.json.write_text(json.dumps({"machine": machine, "rows": rows}, indent=2) + "\n")
 

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from engine import console_of
 from local_cluster import BUNDLED, LocalCluster, PromptSource, checkpoint, serving
 from rich.console import Console
 from rich.table import Table
@@ -236,8 +237,7 @@ def main() -> None:
         table.add_row(
             row["name"], f"{row['peer'] * 1e3:.1f}", f"{row['value'] * 1e3:.1f}", f"{row['ratio']:.3f}", held
         )
-    # A table that is not read on a terminal has as much room as it needs.
-    Console(width=None if sys.stdout.isatty() else 120).print(table)
+    console_of(sys.stdout).print(table)
     if arguments.json:
         content = {"machine": machine, "rows": rows, "profile": measured}
         arguments.json.write_text(json.dumps(content, indent=2) + "\n")
