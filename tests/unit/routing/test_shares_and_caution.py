@@ -53,7 +53,7 @@ def test_memory_is_bounded_and_sums_stay_right() -> None:
             assert shares._weights == pytest.approx(len(shares._asked))
 
 
-@pytest.mark.parametrize("scale", [0.95, 1.0, 1.5])
+@pytest.mark.parametrize("scale", [0.9, 1.0, 1.5])
 def test_caution_keeps_the_share_of_promises_that_it_should(scale: float) -> None:
     caution, rng, kept = Caution(KEPT), random.Random(1), 0
     for number in range(4000):

@@ -71,7 +71,8 @@ def test_goodput_stays_at_its_peak_under_ten_times_as_much(policy: str) -> None:
 def test_without_it_goodput_is_lost() -> None:
     """What the one above would see if admission did nothing."""
     kept, lost = (run(300.0, admission=admission) for admission in ({}, None))
-    assert good_per_second(lost).mean() < 0.4 * good_per_second(kept).mean()
+    # The first second of a flood is served by whoever was idle before it.
+    assert good_per_second(lost)[1:].mean() < 0.3 * good_per_second(kept)[1:].mean()
 
 
 def test_a_light_load_is_served_whole() -> None:
